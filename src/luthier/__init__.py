@@ -1,0 +1,21 @@
+"""Luthier: fine-tune pretrained models with every method that claims to beat supervised fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["evaluate", "generate", "methods", "tune"]
+
+
+def __getattr__(name: str) -> Any:
+    # The public functions load torch; the command line must not pay for it when it prints help.
+    if name in {"tune", "evaluate", "generate"}:
+        from luthier.runs import api
+
+        return getattr(api, name)
+    if name == "methods":
+        from luthier.core import registry
+
+        return registry.all_methods
+    raise AttributeError(f"module 'luthier' has no attribute '{name}'")

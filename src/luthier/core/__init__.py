@@ -1,0 +1,1 @@
+"""Protocols, registry, errors, random streams and the content-addressed store."""

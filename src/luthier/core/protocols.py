@@ -1,0 +1,367 @@
+"""The extension points and the values that pass between them.
+
+Tensors carry their shape as a suffix: B examples of a batch, T tokens of a row, N supervised positions of a batch,
+V vocabulary (or classes), H hidden size, C a chunk of the N positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+import torch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Unit = Literal["token", "sequence", "batch"]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks of the engine and of the data; checked before any weight is loaded.
+
+    Attributes:
+        statistics: what the head computes per supervised position, the cheapest that serves: any of ``logp``,
+            ``entropy``, ``top1``, ``top1_logp``, ``collision`` (the sum of squared probabilities).
+        positionwise: the loss is a sum of terms that each depend on one position; the head then forms its
+            gradient in the same pass as the loss.
+        vocabulary: the method calls ``out.over_vocabulary``.
+        hidden: the method calls ``out.hidden``.
+        models: further models by name, such as ``reference`` (the base as it was before training).
+        columns: dataset columns that must reach the batch.
+        generation: the method lets the model write during training.
+        tasks: the tasks for which it is defined; empty means all.
+        fixed_weight: ``Loss.weight`` is a function of the batch alone (not of the model), so that the method may be
+            one term of a weighted sum.
+    """
+
+    statistics: tuple[str, ...] = ("logp",)
+    positionwise: bool = False
+    vocabulary: bool = False
+    hidden: bool = False
+    models: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    generation: bool = False
+    tasks: tuple[str, ...] = ()
+    fixed_weight: bool = True
+
+
+@dataclass
+class Batch:
+    """One micro-batch. ``target_N`` is made when the batch is collated and no transform of the inputs touches it.
+
+    Attributes:
+        inputs: what the model takes (``input_ids`` [B, T], ``attention_mask`` [B, T], ``pixel_values``, ...).
+        position_N: int64, which row of the flattened hidden states ([B*T, H] or [B, H]) predicts each target.
+        target_N: int64 token ids or class indices.
+        weight_N: float32 weight of each position; 1 by default.
+        sequence_N: int64, which example of the batch a position belongs to.
+        row_B: int64, row numbers in the prepared data.
+        columns: dataset columns asked for by ``Needs.columns``; lists of length B, or tensors named ``*_N``.
+        keys_B: content hash of each row, under which scores are cached; None once a transform changed the inputs.
+        adjustable_BT: bool [B, T], token positions a transform may corrupt (no padding, no special tokens but the
+            end token); None where the task has no tokens.
+        supervised_BT: bool [B, T], token positions that are targets; None where the task has none.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    position_N: torch.Tensor
+    target_N: torch.Tensor
+    weight_N: torch.Tensor
+    sequence_N: torch.Tensor
+    row_B: torch.Tensor
+    columns: dict[str, Any] = field(default_factory=dict)
+    keys_B: list[str] | None = None
+    adjustable_BT: torch.Tensor | None = None
+    supervised_BT: torch.Tensor | None = None
+
+    @property
+    def examples(self) -> int:
+        """B."""
+        return int(self.row_B.numel())
+
+    def with_inputs(self, **inputs: torch.Tensor) -> Batch:
+        """A copy with some model inputs replaced; cached scores no longer apply to it."""
+        return replace(self, inputs={**self.inputs, **inputs}, keys_B=None)
+
+    def with_weights(self, weight_N: torch.Tensor) -> Batch:
+        """A copy with other position weights."""
+        return replace(self, weight_N=weight_N)
+
+    def positions(self, index_C: torch.Tensor) -> Batch:
+        """The same batch restricted to some supervised positions (inputs untouched)."""
+        columns = {k: v[index_C] if k.endswith("_N") else v for k, v in self.columns.items()}
+        return replace(
+            self,
+            position_N=self.position_N[index_C],
+            target_N=self.target_N[index_C],
+            weight_N=self.weight_N[index_C],
+            sequence_N=self.sequence_N[index_C],
+            columns=columns,
+        )
+
+    def take(self, index_b: torch.Tensor, weight_b: torch.Tensor | None = None) -> Batch:
+        """The batch of some of its examples, in the given order, position weights multiplied by ``weight_b``.
+
+        Args:
+            index_b: int64 indices into the B examples, no repeats.
+            weight_b: one factor per chosen example; 1 when absent.
+        """
+        rows = self.row_B.numel()
+        # A position's hidden row is example * width + offset, where width is T for tokens and 1 for examples.
+        width = next((v.shape[1] for k, v in self.inputs.items() if k == "input_ids" and v.dim() == 2), 1)
+        per_token = self.supervised_BT is not None
+        new_of_old = torch.full((rows,), -1, dtype=torch.long)
+        new_of_old[index_b] = torch.arange(index_b.numel())
+        new_N = new_of_old[self.sequence_N]
+        kept = torch.nonzero(new_N >= 0).squeeze(1)
+        part = self.positions(kept)
+        step = width if per_token else 1
+        part.position_N = part.position_N + (new_N[kept] - part.sequence_N) * step
+        part.sequence_N = new_N[kept]
+        if weight_b is not None:
+            part.weight_N = part.weight_N * weight_b.to(part.weight_N)[part.sequence_N]
+        order = index_b.tolist()
+        return replace(
+            part,
+            inputs={k: v[index_b] for k, v in self.inputs.items()},
+            row_B=self.row_B[index_b],
+            columns={
+                k: v if k.endswith("_N") else (v[index_b] if isinstance(v, torch.Tensor) else [v[i] for i in order])
+                for k, v in part.columns.items()
+            },
+            keys_B=None if self.keys_B is None else [self.keys_B[i] for i in order],
+            adjustable_BT=None if self.adjustable_BT is None else self.adjustable_BT[index_b],
+            supervised_BT=None if self.supervised_BT is None else self.supervised_BT[index_b],
+        )
+
+
+class Outputs(Protocol):
+    """What a forward pass gives, flat over the N supervised positions. Statistics are float32 and computed on use."""
+
+    @property
+    def logp_N(self) -> torch.Tensor:
+        """Log-probability of the target."""
+
+    @property
+    def entropy_N(self) -> torch.Tensor:
+        """Entropy of the prediction, in nats (no gradient)."""
+
+    @property
+    def top1_N(self) -> torch.Tensor:
+        """int64, the most likely token or class."""
+
+    @property
+    def top1_logp_N(self) -> torch.Tensor:
+        """Log-probability of the most likely token or class (no gradient)."""
+
+    @property
+    def collision_N(self) -> torch.Tensor:
+        """Sum of squared probabilities (no gradient), for the Brier score."""
+
+    @property
+    def sequence_N(self) -> torch.Tensor:
+        """int64, which example of the batch."""
+
+    def hidden(self, layer: int = -1) -> torch.Tensor:
+        """[N, H] hidden states at the supervised positions; -1 is the last layer (after the final norm)."""
+
+    def over_vocabulary(self, fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """``fn(logits_CV, index_C) -> [C]`` or ``[C, ...]`` applied chunk by chunk; the results joined to N.
+
+        Differentiable: logits are recomputed chunk by chunk in the backward pass, so no N x V tensor lives.
+        """
+
+
+@dataclass
+class Loss:
+    """An un-normalised loss; the engine divides by the weight of the whole optimiser step over all ranks.
+
+    Attributes:
+        sum: scalar tensor with a graph, a sum and never a mean.
+        weight: what the sum is divided by in the end: tokens, sequences, or another count.
+        unit: what the weight counts.
+        metrics: name -> (sum, weight), averaged by the engine over the step; plain tensors or floats, no graph.
+    """
+
+    sum: torch.Tensor
+    weight: torch.Tensor | float
+    unit: Unit = "token"
+    metrics: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a decoder wrote for one prompt."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finished: bool
+    logp: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """The result of an analysis: rows of JSON-able values, one unit and one direction per column."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    units: Mapping[str, str] = field(default_factory=dict)
+    direction: Mapping[str, Literal["higher", "lower"]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What a procedure leaves: the live model and what is known about it."""
+
+    model: Any
+    metrics: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+
+class Context(Protocol):
+    """What a method gets at run time. No method imports the engine."""
+
+    seed: int
+    step: int
+    total_steps: int | None
+    epoch: int
+    task: Any
+    processor: Any
+    device: torch.device
+    totals: dict[str, float]
+
+    def forward(
+        self,
+        batch: Batch,
+        model: str = "policy",
+        *,
+        grad: bool | None = None,
+        parameters: Mapping[str, torch.Tensor] | None = None,
+    ) -> Outputs:
+        """A forward pass of the policy, the ``reference`` or another named model.
+
+        Args:
+            batch: the micro-batch.
+            model: ``policy``, ``reference``, or a name the recipe gives.
+            grad: whether to build a graph; by default yes for the policy in training, no for others.
+            parameters: tensors by name used instead of the model's own (perturbed weights); gradients flow into them.
+        """
+
+    def generate(self, prompts: Sequence[Any], *, samples: int = 1, **options: Any) -> list[list[Completion]]:
+        """Let the policy write ``samples`` completions per prompt (token id lists or rendered rows)."""
+
+    def score(self, dataset: Any, model: str = "policy") -> Any:
+        """Target log-probabilities of every row of a prepared dataset, cached on disk by row and model hash."""
+
+    def rng(self, name: str, *keys: object) -> torch.Generator:
+        """A generator of the named stream (``init``, ``data``, ``noise``, ``rollout``), a pure function of its keys.
+
+        Without keys the current step, micro-batch and rank are the keys.
+        """
+
+    def log(self, **values: float) -> None:
+        """Values to show and keep beside the step's metrics."""
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A training loss. ``needs`` may be a class attribute or a property of the options."""
+
+    needs: Needs
+
+    def loss(self, out: Outputs, batch: Batch, ctx: Context) -> Loss:
+        """The un-normalised loss of a micro-batch; with ``needs.positionwise`` also called on part of its positions."""
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """Changes a batch before the forward pass: corrupts inputs, sets weights, relabels."""
+
+    def __call__(self, batch: Batch, ctx: Context) -> Batch:
+        """The changed batch; the given one is left as it is."""
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """Online batch selection. The engine offers ``oversample`` times the rows of a step."""
+
+    oversample: int
+
+    def select(self, batch: Batch, ctx: Context) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(index_b, weight_b)``: the chosen examples of the offered batch and their weights."""
+
+
+class Parameters(Protocol):
+    """What is trained and how it is parameterised. The engine freezes everything first; ``apply`` opens what it claims."""
+
+    def apply(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Set ``requires_grad`` (and add adapters); return the model to train. Deterministic in the ``init`` stream."""
+
+    def groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+        """Optimiser groups over what it opened, ``lr_scale`` and ``weight_decay`` being optional keys of each."""
+
+    def on_grad(self, model: torch.nn.Module, ctx: Context) -> None:
+        """After the gradients of a step are complete and before clipping."""
+
+    def on_step(self, model: torch.nn.Module, ctx: Context) -> None:
+        """After the optimiser step."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON values and tensors to keep in a checkpoint."""
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
+
+    def export(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model to save: one that plain transformers (or peft) opens."""
+
+
+class DataStage(Protocol):
+    """Selects, scores, cleans, synthesises, reformats or reorders canonical rows; cached by content."""
+
+    def run(self, dataset: Dataset, ctx: Any) -> Dataset:
+        """The new rows."""
+
+
+class Reward(Protocol):
+    """A verifier, judge or text metric."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[str], ctx: Any) -> list[float | None]:
+        """One score per completion, None where it cannot be judged."""
+
+
+class WeightOp(Protocol):
+    """Merging and editing of weights, tensor by tensor over lazily read shards."""
+
+    def prepare(self, sources: Mapping[str, Any], ctx: Any) -> None:
+        """An optional first pass over the sources (each offers ``names()`` and ``tensor(name)``) for statistics."""
+
+    def tensor(self, name: str, tensors: Mapping[str, torch.Tensor], ctx: Any) -> torch.Tensor:
+        """The new tensor from those of the sources; ``base`` and ``tuned`` are always there, further ones by label."""
+
+
+class Decoder(Protocol):
+    """An inference-time technique."""
+
+    def generate(self, model: Any, prompts: Sequence[Sequence[int]], ctx: Any) -> list[Completion]:
+        """One completion per prompt of token ids, in order."""
+
+
+class Analysis(Protocol):
+    """Looks at finished runs."""
+
+    def run(self, runs: Iterable[Any], ctx: Any) -> Table:
+        """A table with units, directions, n and confidence intervals."""
+
+
+class Procedure(Protocol):
+    """A multi-stage method in plain Python."""
+
+    def __call__(self, ctx: Any) -> Artefact:
+        """Run the stages and return the result."""

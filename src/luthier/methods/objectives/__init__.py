@@ -1,0 +1,1 @@
+"""Methods of this axis; each file registers itself."""

@@ -1,0 +1,1 @@
+"""Models on disk: looking at them, loading, saving, merging, model cards."""
