@@ -112,7 +112,9 @@ def resolve(spec: str | Path, *, revision: str | None = None) -> Path:
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             inner = sorted(p.parent.name for p in folder.glob("*/config.json"))
             hint = f" Did you mean {folder / inner[0]}?" if inner else ""
-            raise UserError(f"is not a model folder: it has no config.json and no adapter_config.json.{hint}", where=text)
+            raise UserError(
+                f"is not a model folder: it has no config.json and no adapter_config.json.{hint}", where=text
+            )
         return folder
     if folder.is_file():
         raise UserError("is a file; a model is a folder with config.json and safetensors.", where=text)
@@ -240,10 +242,11 @@ def adapter_base(folder: Path) -> str | Path:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """32 hexadecimal digits over the bytes of a model's weights, configuration and tokenizer; names and times do not count.
+    """32 hexadecimal digits over the bytes of a model's weights, configuration and tokenizer.
 
-    The hash of each weight file is remembered under the cache folder by path, size, time and inode, because hashing
-    gigabytes again for every run would be slow. An adapter's fingerprint covers its base.
+    The folder's place and times do not count. The hash of each weight file is remembered under the cache folder by
+    path, size, time and inode, because hashing gigabytes again for every run would be slow. An adapter's fingerprint
+    covers its base.
     """
     folder = Path(folder)
     parts: list[Any] = []

@@ -22,11 +22,10 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # The format's limit on the size of a header; a larger number means the file is something else.
 _HEADER_LIMIT = 100_000_000
-_BITS = {
-    **{"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16},
-    **{"I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8},
-    **{"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
-}
+_BITS = dict.fromkeys(("F64", "I64", "U64", "C64"), 64)
+_BITS |= dict.fromkeys(("F32", "I32", "U32"), 32) | dict.fromkeys(("F16", "BF16", "I16", "U16"), 16)
+_BITS |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
+_BITS |= {"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,9 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         tensors = {k: TensorInfo(v["dtype"], tuple(v["shape"]), file) for k, v in header.items()}
         end = max((v["data_offsets"][1] for v in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError("has no readable safetensors header. Fetch or save the model again.", where=str(file)) from error
+        raise UserError(
+            "has no readable safetensors header. Fetch or save the model again.", where=str(file)
+        ) from error
     if 8 + length + end > size:
         raise UserError(
             f"is cut short: {size} bytes of {8 + length + end}. Fetch or save the model again.", where=str(file)

@@ -1,0 +1,397 @@
+"""The step loop: select, transform, forward, objective, backward, divide once, clip, step.
+
+A loss is a sum; it is divided by the weight of the whole optimiser step over all micro-batches and ranks, so neither
+accumulation nor the number of processes changes the trajectory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.core.errors import LuthierError
+from luthier.core.protocols import Batch, Loss
+from luthier.core.rng import derive_seed
+from luthier.core.store import write_json
+from luthier.engine import checkpoint
+from luthier.engine.optimizer import (
+    clip,
+    gradient_norm,
+    gradients,
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_state,
+    rebuild,
+    schedule_factor,
+    set_learning_rate,
+)
+from luthier.engine.order import DataOrder, split
+from luthier.engine.session import Session
+
+Evaluate = Callable[[], dict[str, float]]
+Observe = Callable[[str, dict[str, Any]], None]
+
+
+class Interrupted(LuthierError):
+    """The run was asked to stop (SIGTERM or Ctrl-C), saved itself and ended."""
+
+
+class Metrics:
+    """``metrics.jsonl``: one line per logged step; on resume, lines behind the checkpoint are cut off."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept: list[str] = []
+        if path.exists() and step > 0:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] > step:
+                        break
+                except ValueError:  # a line cut short by a kill
+                    break
+                kept.append(line)
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within the block the first SIGTERM or Ctrl-C is only noted; a second one acts as usual."""
+    asked: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    try:
+        before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread: signals are someone else's
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """Trains a session's policy on prepared rows.
+
+    Args:
+        session: the model and its methods.
+        data: prepared rows (``fetch``, ``lengths``, ``keys``, ``len``).
+        training: the ``training`` section of a recipe.
+        folder: the run's folder; None keeps nothing on disk.
+        evaluate: called every ``eval_steps``; its ``loss`` decides early stopping and the best checkpoint.
+        observe: receives ``(event, values)`` for ``step``, ``evaluation`` and ``checkpoint``.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        data: Any,
+        training: Any,
+        *,
+        folder: Path | None = None,
+        evaluate: Evaluate | None = None,
+        observe: Observe | None = None,
+    ) -> None:
+        self.session, self.data, self.training, self.folder = session, data, training, folder
+        self.evaluate, self.observe = evaluate, observe or (lambda event, values: None)
+        self.order = DataOrder(
+            data.lengths,
+            seed=session.seed,
+            batch_rows=None if training.batch_tokens else training.batch_rows,
+            batch_tokens=training.batch_tokens,
+            buckets=training.buckets,
+            oversample=session.stack.oversample,
+        )
+        session.total_steps = self.total = self.order.steps(training.epochs, training.max_steps)
+        self.optimizer = make_optimizer(session.model, session.stack, training)
+        self.best: float | None = None
+        self.evaluations_without_gain = 0
+        self.seen = {"tokens": 0, "supervised": 0, "rows": 0, "seconds": 0.0}
+        self._metrics: Metrics | None = None
+        self._since: dict[str, list[float]] = {}
+
+    # -- one step
+
+    def _micro_batches(self, rows: Any) -> Iterator[Batch]:
+        """This rank's micro-batches of a step, selected and transformed."""
+        session, world = self.session, self.session.processes.world
+        pieces = split(rows, self.order.lengths, self.training.accumulation * world)
+        for micro in range(self.training.accumulation):
+            session.micro = micro
+            piece = pieces[micro * world + session.processes.rank]
+            empty = len(piece) == 0
+            index_B = rows[:1] if empty else piece
+            batch = session.task.collate(self.data.fetch(index_B), index_B, session.stack.needs.columns)
+            batch = session.to_device(batch)
+            if empty:  # every rank must take part in every backward pass
+                batch = batch.with_weights(torch.zeros_like(batch.weight_N))
+            if session.stack.selector is not None:
+                index_b, weight_b = session.stack.selector.select(batch, session)
+                batch = batch.take(index_b, weight_b)
+            for transform in session.stack.transforms:
+                batch = transform(batch, session)
+            yield batch
+
+    def _guard(self, total: float, batches: list[Batch]) -> None:
+        """Stop before a step that is not finite, leaving the ids of its rows."""
+        if math.isfinite(total):
+            return
+        session = self.session
+        rows = [int(r) for b in batches for r in b.row_B]
+        note = f"the loss of step {session.step + 1} is {total}"
+        if self.folder is not None:
+            path = self.folder / f"not-finite-step-{session.step + 1}-rank-{session.processes.rank}.json"
+            known = [self.data.describe(r) if hasattr(self.data, "describe") else {"row": r} for r in rows]
+            write_json(path, {"step": session.step + 1, "prepared_rows": rows, "rows": known})
+            note += f"; the ids of its rows are in {path}"
+        raise LuthierError(
+            f"{note}. The model has not been changed by it. Lower training.learning_rate, set training.max_grad_norm, "
+            "use precision fp32, or look at those rows."
+        )
+
+    def _step(self) -> None:
+        session, training = self.session, self.training
+        session.epoch, rows = self.order.rows(session.step)
+        batches = list(self._micro_batches(rows))
+        counts = session.processes.sum(
+            [
+                float(sum(float(b.weight_N.sum()) for b in batches)),
+                float(sum(b.examples for b in batches if bool(b.weight_N.any()))),
+            ]
+        )
+        session.totals = {"token": counts[0], "sequence": counts[1]}
+        rate = training.learning_rate * schedule_factor(training.schedule, session.step, self.total, training.warmup)
+        set_learning_rate(self.optimizer, rate)
+        losses: list[Loss] = []
+        for micro, batch in enumerate(batches):
+            session.micro = micro
+            # Dropout draws from torch's global generator; seeded here it is a function of (seed, step, micro, rank).
+            torch.manual_seed(derive_seed(session.seed, "dropout", session.step, micro, session.processes.rank))
+            with session.processes.last_backward(session.module, micro == len(batches) - 1):
+                loss = session.loss(batch)
+                losses.append(Loss(loss.sum.detach(), loss.weight, loss.unit, loss.metrics))
+                loss.sum.backward()
+        value, weight = session.processes.sum(
+            [sum(float(x.sum) for x in losses), sum(float(x.weight) for x in losses)]
+        )
+        self._guard(value, batches)
+        grads = gradients(self.optimizer)
+        # DDP and FSDP average over ranks; the loss is divided by the weight of the whole step instead.
+        torch._foreach_mul_(grads, session.processes.world / weight if weight > 0 else 0.0)
+        for method in session.stack.parameters:
+            method.on_grad(session.model, session)
+        norm = gradient_norm(grads)
+        self._guard(norm, batches)
+        clip(grads, norm, training.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        trained = {id(p) for g in self.optimizer.param_groups for p in g["params"]}
+        for method in session.stack.parameters:
+            method.on_step(session.model, session)
+        if {id(p) for p in session.model.parameters() if p.requires_grad} != trained:
+            self.optimizer = rebuild(self.optimizer, session.model, session.stack, training)
+        session.step += 1
+        self._record(losses, batches, value, weight, norm, rate)
+
+    def _record(
+        self, losses: list[Loss], batches: list[Batch], value: float, weight: float, norm: float, rate: float
+    ) -> None:
+        """Keep sums of the step's metrics until the next logged step."""
+
+        def add(name: str, amount: float, count: float) -> None:
+            slot = self._since.setdefault(name, [0.0, 0.0])
+            slot[0] += amount
+            slot[1] += count
+
+        add("loss", value, weight)
+        add("grad_norm", norm, 1.0)
+        for loss in losses:
+            for name, (amount, count) in loss.metrics.items():
+                add(name, float(amount), float(count))
+        for name, amount in self.session.logged.items():
+            add(name, amount, 1.0)
+        self.session.logged = {}
+        tokens = sum(int(b.inputs["attention_mask"].sum()) if "attention_mask" in b.inputs else b.examples for b in batches)
+        self._since.setdefault("learning_rate", [rate, 1.0])[0] = rate
+        self.seen["tokens"] += tokens
+        self.seen["supervised"] += sum(int(b.target_N.numel()) for b in batches)
+        self.seen["rows"] += sum(b.examples for b in batches)
+
+    def _log(self, seconds: float, before: dict[str, float]) -> dict[str, Any]:
+        """The metrics since the last logged step, over all ranks; ``loss`` is already a sum over ranks."""
+        session = self.session
+        gathered = session.processes.gather((self._since, {k: self.seen[k] - before[k] for k in ("tokens", "supervised")}))
+        record: dict[str, Any] = {"step": session.step, "epoch": self._epoch(), "split": "train"}
+        for name in dict.fromkeys(n for part, _ in gathered for n in part):
+            amount = sum(part[name][0] for part, _ in gathered if name in part)
+            count = sum(part[name][1] for part, _ in gathered if name in part)
+            record[name] = amount / count if count else 0.0
+        for name in ("tokens", "supervised"):
+            record[f"{name}_per_second"] = sum(c[name] for _, c in gathered) / max(seconds, 1e-9)
+        self._since = {}
+        return record
+
+    def _epoch(self) -> float:
+        epoch, inside = self.order.locate(self.session.step)
+        return epoch + inside / max(len(self.order.epoch(epoch)), 1)
+
+    # -- checkpoints
+
+    def _names(self) -> dict[int, str]:
+        return {id(p): n for n, p in self.session.model.named_parameters()}
+
+    def save(self, *, best: bool = False) -> None:
+        """Write a checkpoint (all ranks take part, the main one writes)."""
+        if self.folder is None:
+            return
+        session, processes = self.session, self.session.processes
+        model = {n: processes.whole(p.detach()) for n, p in session.model.named_parameters() if p.requires_grad}
+        model |= {f"{n}::buffer": b.detach() for n, b in _persistent_buffers(session.model).items()}
+        optimizer = {k: processes.whole(v) for k, v in optimizer_state(self.optimizer, self._names()).items()}
+        if processes.main:
+            path = checkpoint.save(
+                self.folder / "checkpoints",
+                session.step,
+                model=model,
+                optimizer=optimizer,
+                state={
+                    "methods": session.stack.state(),
+                    "best": self.best,
+                    "evaluations_without_gain": self.evaluations_without_gain,
+                    "seen": self.seen,
+                    "since": self._since,
+                    "total_steps": self.total,
+                },
+                keep=self.training.keep_checkpoints,
+                best=best,
+            )
+            self.observe("checkpoint", {"step": session.step, "path": str(path), "best": best})
+        session.close()
+        processes.barrier()
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            LuthierError: it is damaged, or was made by another recipe.
+        """
+        session, processes = self.session, self.session.processes
+        model, optimizer, state = checkpoint.load(path)
+        if state["total_steps"] != self.total:
+            raise LuthierError(
+                f"{path} belongs to a run of {state['total_steps']} steps, this one has {self.total}: the data or the "
+                "training section changed. Resume with the recipe kept in the run's folder, or choose another output."
+            )
+        session.stack.load(state["methods"])  # may change what is trained
+        own = dict(session.model.named_parameters())
+        buffers = {f"{n}::buffer": b for n, b in _persistent_buffers(session.model).items()}
+        if {n for n, p in own.items() if p.requires_grad} | set(buffers) != set(model):
+            raise LuthierError(f"{path} trains other tensors than this recipe: resume with the same recipe.")
+        with torch.no_grad():
+            for name, value in model.items():
+                target = own[name] if name in own else buffers[name]
+                target.copy_(processes.like(value, target))
+        self.optimizer = make_optimizer(session.model, session.stack, self.training)
+        load_optimizer_state(self.optimizer, self._names(), optimizer, processes.like)
+        session.step = state["step"]
+        self.best, self.evaluations_without_gain = state["best"], state["evaluations_without_gain"]
+        self.seen, self._since = state["seen"], state["since"]
+
+    # -- the loop
+
+    def _evaluate(self) -> bool:
+        """Run the evaluation; True when early stopping says stop."""
+        assert self.evaluate is not None
+        self.session.model.eval()
+        values = self.evaluate()
+        self.session.model.train()
+        record = {"step": self.session.step, "epoch": self._epoch(), "split": "eval", **values}
+        if self._metrics is not None:
+            self._metrics.write(record)
+        self.observe("evaluation", record)
+        early = self.training.early_stopping
+        gained = self.best is None or values["loss"] < self.best - (early.min_delta if early else 0.0)
+        if gained:
+            self.best, self.evaluations_without_gain = values["loss"], 0
+        else:
+            self.evaluations_without_gain += 1
+        self.save(best=gained)
+        return early is not None and self.evaluations_without_gain >= early.patience
+
+    def run(self, *, resume: bool = False) -> dict[str, Any]:
+        """Train to the end; returns totals.
+
+        Args:
+            resume: continue from the newest checkpoint of the folder, if there is one.
+
+        Raises:
+            Interrupted: the process was asked to stop; a checkpoint was written.
+            LuthierError: the loss or a gradient was not finite.
+        """
+        session, training = self.session, self.training
+        if resume and self.folder is not None and (newest := checkpoint.latest(self.folder / "checkpoints")):
+            self.load(newest)
+        if self.folder is not None and session.processes.main:
+            self._metrics = Metrics(self.folder / "metrics.jsonl", session.step)
+        session.model.train()
+        stopped, before, mark = False, dict(self.seen), time.perf_counter()
+        done = training.early_stopping is not None and self.evaluations_without_gain >= training.early_stopping.patience
+        try:
+            with _stop_signals() as asked_to_stop:
+                while session.step < self.total and not done:
+                    self._step()
+                    last = session.step == self.total
+                    if session.step % training.log_steps == 0 or last:
+                        now = time.perf_counter()
+                        record = self._log(now - mark, before)
+                        self.seen["seconds"] += now - mark
+                        before, mark = dict(self.seen), now
+                        if self._metrics is not None:
+                            self._metrics.write(record)
+                        self.observe("step", record)
+                    else:
+                        self.observe("tick", {"step": session.step})
+                    if self.evaluate and training.eval_steps and session.step % training.eval_steps == 0:
+                        done = self._evaluate()
+                    elif training.save_steps and session.step % training.save_steps == 0:
+                        self.save()
+                    if session.processes.sum([float(asked_to_stop())])[0] > 0 and not last:
+                        self.save()
+                        stopped = True
+                        break
+        finally:
+            session.close()
+            if self._metrics is not None:
+                self._metrics.close()
+        if stopped:
+            raise Interrupted(f"stopped as asked after step {session.step} of {self.total}; continue with --resume.")
+        session.model.eval()
+        return {"steps": session.step, "total_steps": self.total, "stopped_early": done, **self.seen}
+
+
+def _persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that belong to the model's state, such as batch-norm statistics."""
+    kept = set(model.state_dict().keys())
+    return {n: b for n, b in model.named_buffers() if n in kept}

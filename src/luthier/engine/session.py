@@ -1,0 +1,267 @@
+"""A model in training, as the methods see it: the run-time :class:`luthier.core.protocols.Context`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from luthier.core import rng as streams
+from luthier.core.errors import LuthierError, UserError
+from luthier.core.protocols import Batch, Completion, Loss, Outputs
+from luthier.engine.distributed import Processes
+from luthier.engine.head import Head, LogitsOutputs
+from luthier.engine.reference import ReferenceOutputs, ReferenceScores
+from luthier.engine.stack import Stack
+from luthier.tasks.base import Encoded, Task
+
+Decode = Callable[..., list[list[Completion]]]
+
+
+class TaskModule(torch.nn.Module):
+    """The model with its task: what DDP and FSDP wrap, so that every forward pass of training goes through them."""
+
+    def __init__(self, model: torch.nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+
+    def forward(self, batch: Batch, hidden: bool, consume: Callable[[Encoded], Any]) -> Any:
+        """Encode the batch and hand it to ``consume`` while sharded weights are whole."""
+        return consume(self.task.encode(self.model, batch, hidden=hidden))
+
+
+class Session:
+    """The policy, its references and the current position in the run.
+
+    Args:
+        model: the model to train, already prepared by the parameter methods.
+        task: its task.
+        processor: tokenizer or image processor.
+        stack: the methods.
+        processes: the process group (or its absence).
+        seed: the run's seed.
+        precision: ``fp32`` or ``bf16`` (autocast; weights and optimiser stay in float32).
+        head_chunk: positions per chunk of the head; None lets the head choose.
+        head_backend: ``auto``, ``torch``, ``liger`` or ``triton``.
+        fingerprint: content hash of the base weights, under which reference scores are cached.
+        models: further models by name.
+        decode: how to generate, given by whoever builds the session.
+        wrap: put the model under DDP or FSDP where there are several processes; not for evaluation alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: torch.nn.Module,
+        task: Task,
+        processor: Any,
+        stack: Stack,
+        processes: Processes | None = None,
+        seed: int = 0,
+        precision: str = "fp32",
+        head_chunk: int | None = None,
+        head_backend: str = "auto",
+        fingerprint: str = "",
+        models: Mapping[str, torch.nn.Module] | None = None,
+        decode: Decode | None = None,
+        wrap: bool = True,
+    ) -> None:
+        self.processes = processes or Processes.single()
+        self.task, self.processor, self.stack, self.seed = task, processor, stack, seed
+        self.precision, self.head_chunk, self.head_backend = precision, head_chunk, head_backend
+        self.device = self.processes.device
+        self.step, self.epoch, self.micro = 0, 0, 0
+        self.total_steps: int | None = None
+        self.totals: dict[str, float] = {}
+        self.logged: dict[str, float] = {}
+        self.model = model.to(self.device)
+        self._models = {name: m.to(self.device).eval().requires_grad_(False) for name, m in (models or {}).items()}
+        self._scores: ReferenceScores | None = None
+        self._decode = decode
+        needed = stack.needs
+        for name in needed.models:
+            if name == "reference":
+                self._make_reference(fingerprint)
+            elif name not in self._models:
+                raise UserError(f"a method needs the model '{name}', and the recipe names none.")
+        module = TaskModule(self.model, task)
+        self.module = self.processes.wrap(module) if wrap else module
+
+    def _make_reference(self, fingerprint: str) -> None:
+        """Adapters switched off where the base is frozen beneath them; otherwise a frozen copy."""
+        adapters_only = hasattr(self.model, "disable_adapter") and all(
+            "lora_" in n or "modules_to_save" in n for n, p in self.model.named_parameters() if p.requires_grad
+        )
+        if not adapters_only and "reference" not in self._models:
+            self._models["reference"] = copy.deepcopy(self.model).eval().requires_grad_(False)
+        if fingerprint:
+            self._scores = ReferenceScores(fingerprint, options=f"{self.task.name}/{self.precision}")
+
+    # -- forward passes
+
+    def autocast(self) -> Any:
+        """The run's precision as a context manager."""
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def head(self, encoded: Encoded) -> Head:
+        """The log-prob head over the output embedding of an encoded batch."""
+        assert encoded.weight_VH is not None
+        return Head(
+            encoded.weight_VH,
+            encoded.bias_V,
+            scale=encoded.scale,
+            softcap=encoded.softcap,
+            chunk=self.head_chunk,
+            backend=self.head_backend,
+        )
+
+    def outputs(self, encoded: Encoded, batch: Batch, statistics: tuple[str, ...]) -> Outputs:
+        """Flat outputs of an encoded batch."""
+        if encoded.logits_NV is not None:
+            return LogitsOutputs(encoded.logits_NV, batch.target_N, batch.sequence_N, layers=encoded.layers)
+        assert encoded.hidden_NH is not None
+        return self.head(encoded).outputs(
+            encoded.hidden_NH, batch.target_N, batch.sequence_N, statistics=statistics, layers=encoded.layers
+        )
+
+    @contextmanager
+    def _acting(self, model: str) -> Iterator[torch.nn.Module]:
+        if model == "policy":
+            yield self.module
+        elif model in self._models:
+            yield TaskModule(self._models[model], self.task)
+        elif model == "reference" and hasattr(self.model, "disable_adapter"):
+            was_training = self.model.training
+            self.model.eval()
+            try:
+                with self.model.disable_adapter():
+                    yield TaskModule(self.model, self.task)
+            finally:
+                self.model.train(was_training)
+        else:
+            raise LuthierError(f"there is no model '{model}' in this run: the method must declare it in needs.models.")
+
+    def forward(
+        self,
+        batch: Batch,
+        model: str = "policy",
+        *,
+        grad: bool | None = None,
+        parameters: Mapping[str, torch.Tensor] | None = None,
+    ) -> Outputs:
+        """A forward pass; see :meth:`luthier.core.protocols.Context.forward`."""
+        needs = self.stack.needs
+        with_grad = (model == "policy") if grad is None else grad
+        if model == "reference" and self._scores is not None and not with_grad and parameters is None:
+            return ReferenceOutputs(batch, self._scores, lambda: self._forward(batch, model, False, None))
+        if parameters is not None and self.processes.sharded:
+            raise UserError("perturbed weights are not available under training.sharding: fsdp2; use ddp.")
+        return self._forward(batch, model, with_grad, parameters, needs.statistics)
+
+    def _forward(
+        self,
+        batch: Batch,
+        model: str,
+        grad: bool,
+        parameters: Mapping[str, torch.Tensor] | None,
+        statistics: tuple[str, ...] = ("logp",),
+    ) -> Outputs:
+        hidden = self.stack.needs.hidden
+        with self._acting(model) as module, torch.set_grad_enabled(grad and torch.is_grad_enabled()), self.autocast():
+
+            def consume(encoded: Encoded) -> Outputs:
+                return self.outputs(encoded, batch, statistics)
+
+            if parameters is None:
+                return module(batch, hidden, consume)
+            named = {f"model.{name}": value for name, value in parameters.items()}
+            return torch.func.functional_call(module, named, (batch, hidden, consume))
+
+    def loss(self, batch: Batch) -> Loss:
+        """The objective on a micro-batch, with plain NLL and mean target probability measured beside it."""
+        objective = self.stack.objective
+
+        def measured(out: Outputs, part: Batch) -> Loss:
+            loss = objective.loss(out, part, self)
+            with torch.no_grad():
+                logp_N, weight_N = out.logp_N.detach(), part.weight_N
+                count = weight_N.sum()
+                loss.metrics["nll"] = (-(logp_N * weight_N).sum(), count)
+                loss.metrics["mean_probability"] = ((logp_N.exp() * weight_N).sum(), count)
+            return loss
+
+        if not objective.needs.positionwise:
+            return measured(self.forward(batch), batch)
+
+        def consume(encoded: Encoded) -> Loss:
+            if encoded.logits_NV is not None:
+                return measured(self.outputs(encoded, batch, objective.needs.statistics), batch)
+            assert encoded.hidden_NH is not None
+            return self.head(encoded).positionwise(
+                encoded.hidden_NH, batch, measured, statistics=objective.needs.statistics
+            )
+
+        with self.autocast():
+            return self.module(batch, self.stack.needs.hidden, consume)
+
+    @torch.no_grad()
+    def evaluate_batch(self, batch: Batch, statistics: tuple[str, ...]) -> Outputs:
+        """A forward pass without gradient giving the statistics asked for; the caller sets evaluation mode."""
+        batch = self.to_device(batch)
+        with self.autocast():
+            return self.module(batch, False, lambda encoded: self.outputs(encoded, batch, statistics))
+
+    # -- the rest of the context
+
+    def to_device(self, batch: Batch) -> Batch:
+        """The batch on the run's device."""
+        if self.device.type == "cpu":
+            return batch
+        moved = copy.copy(batch)
+        moved.inputs = {k: v.to(self.device, non_blocking=True) for k, v in batch.inputs.items()}
+        for name, value in vars(batch).items():
+            if isinstance(value, torch.Tensor):
+                setattr(moved, name, value.to(self.device, non_blocking=True))
+        return moved
+
+    def rng(self, name: str, *keys: object) -> torch.Generator:
+        """A generator of the named stream; without keys, of this step, micro-batch and rank."""
+        return streams.stream(self.seed, name, *(keys or (self.step, self.micro, self.processes.rank)))
+
+    def log(self, **values: float) -> None:
+        """Keep values beside the step's metrics; the last one of a step counts."""
+        self.logged.update({k: float(v) for k, v in values.items()})
+
+    def generate(self, prompts: Sequence[Any], *, samples: int = 1, **options: Any) -> list[list[Completion]]:
+        """Completions of the policy, ``samples`` for each prompt."""
+        if self._decode is None:
+            raise LuthierError("this session was built without a decoder.")
+        return self._decode(self, prompts, samples=samples, **options)
+
+    def score(self, dataset: Any, model: str = "policy") -> list[torch.Tensor]:
+        """Target log-probabilities of every row of a prepared dataset, one tensor per row."""
+        was_training = self.model.training
+        self.model.eval()
+        found: list[torch.Tensor] = []
+        try:
+            with torch.no_grad():
+                for start in range(0, len(dataset), 32):
+                    index_B = list(range(start, min(start + 32, len(dataset))))
+                    batch = self.to_device(self.task.collate(dataset.fetch(index_B), index_B))
+                    logp_N = self.forward(batch, model, grad=False).logp_N.cpu()
+                    counts = torch.bincount(batch.sequence_N.cpu(), minlength=len(index_B)).tolist()
+                    found += list(logp_N.split(counts))
+        finally:
+            self.model.train(was_training)
+        return found
+
+    def close(self) -> None:
+        """Write what is still in memory: reference scores."""
+        if self._scores is not None:
+            self._scores.flush()

@@ -1,0 +1,99 @@
+"""What is done to the rows of logits once they stand in the buffer: statistics, and the gradient in place.
+
+A back-end is one function, ``normalise(logits_CV, target_C, names, gradient) -> {name: [C]}``. With ``gradient`` it
+leaves ``softmax(logits) - onehot(target)`` in ``logits_CV``: the derivative of ``-logp`` by the logits. Statistics are
+float32 (float64 for float64 logits) whatever the type of the logits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+
+import torch
+
+from luthier.core.errors import UserError, did_you_mean, missing_extra
+
+STATISTICS = ("logp", "entropy", "top1", "top1_logp", "collision")
+Normalise = Callable[[torch.Tensor, torch.Tensor, Sequence[str], bool], dict[str, torch.Tensor]]
+
+# Rows are worked on in blocks of about this many bytes on a CPU, so that only the first read and the last write of a
+# block go to main memory.
+_BLOCK_BYTES = 4 << 20
+
+
+def _row_dot(a_CV: torch.Tensor, b_CV: torch.Tensor) -> torch.Tensor:
+    """Sum over V of the products, without a [C, V] temporary."""
+    return torch.linalg.vecdot(a_CV, b_CV)
+
+
+def normalise_torch(
+    logits_CV: torch.Tensor, target_C: torch.Tensor, names: Sequence[str], gradient: bool
+) -> dict[str, torch.Tensor]:
+    """The default back-end, for every device and every statistic."""
+    rows, width = logits_CV.shape
+    kind = torch.float64 if logits_CV.dtype == torch.float64 else torch.float32
+    # Kept raw only where a statistic needs the logits and the probabilities side by side.
+    separate = "entropy" in names
+    in_place = logits_CV.dtype == kind and gradient and not separate
+    block = rows if logits_CV.is_cuda else max(1, _BLOCK_BYTES // (width * kind.itemsize))
+    wide = None if logits_CV.dtype == kind else logits_CV.new_empty((min(block, rows), width), dtype=kind)
+    scratch = None if in_place else logits_CV.new_empty((min(block, rows), width), dtype=kind)
+    found = {n: logits_CV.new_empty(rows, dtype=torch.int64 if n == "top1" else kind) for n in names}
+    for start in range(0, rows, max(1, block)):
+        part = slice(start, min(start + block, rows))
+        x = logits_CV[part]
+        if wide is not None:
+            x = wide[: x.shape[0]].copy_(x)
+        target = target_C[part, None]
+        highest, chosen = x.amax(-1), x.gather(1, target).squeeze(1)
+        p = torch.softmax(x, -1, out=x if scratch is None else scratch[: x.shape[0]])
+        # The largest probability is at least 1/V, so its logarithm is exact where that of the target's may underflow.
+        top_logp = p.amax(-1).log_()
+        lse = highest - top_logp
+        if "logp" in names:
+            torch.sub(chosen, lse, out=found["logp"][part])
+        if "top1_logp" in names:
+            found["top1_logp"][part] = top_logp
+        if "top1" in names:
+            found["top1"][part] = p.argmax(-1)
+        if "entropy" in names:
+            torch.sub(lse, _row_dot(p, x), out=found["entropy"][part])
+        if "collision" in names:
+            found["collision"][part] = _row_dot(p, p)
+        if gradient:
+            # Written through p, so that the subtraction is done before any rounding to the type of the logits.
+            p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand(target.shape))
+            if p.data_ptr() != logits_CV[part].data_ptr():
+                logits_CV[part] = p
+    return found
+
+
+def _serves(backend: str, names: Sequence[str], served: tuple[str, ...]) -> None:
+    missing = [n for n in names if n not in served]
+    if missing:
+        raise UserError(
+            f"training.head: the back-end '{backend}' does not compute {', '.join(missing)}; it serves "
+            f"{', '.join(served)}. Use training.head: auto or torch."
+        )
+
+
+def choose(backend: str, device: torch.device) -> Normalise:
+    """The back-end of that name.
+
+    ``auto`` is ``torch``: the others are taken only when they are asked for by name.
+
+    Raises:
+        UserError: no such back-end, its package is missing, or it cannot run on this device.
+    """
+    if backend in ("auto", "torch"):
+        return normalise_torch
+    if backend not in ("triton", "liger"):
+        raise UserError(
+            f"training.head: there is no back-end '{backend}'.{did_you_mean(backend, ('auto', 'torch', 'triton', 'liger'))} "
+            "Accepted: auto, torch, triton, liger."
+        )
+    package = "triton" if backend == "triton" else "liger_kernel"
+    if importlib.util.find_spec(package) is None:
+        raise missing_extra(package, f"training.head: {backend}", package.replace("_", "-"))
+    raise NotImplementedError

@@ -1,0 +1,102 @@
+"""Sampling: draw each token from the model's distribution, sharpened and cut as asked.
+
+    p'(v) ~ p(v)^(1 / temperature), kept on the tokens that pass ``top_k``, ``top_p`` and ``min_p``
+
+``top_k`` keeps the k most likely tokens (0: all); ``top_p`` the smallest set of most likely tokens that holds that much
+probability (nucleus sampling, Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020, arXiv 1904.09751);
+``min_p`` those at least ``min_p`` times as likely as the most likely one (Nguyen et al., "Turning Up the Heat: Min-p
+Sampling", 2024, arXiv 2407.01082). The numbers drawn are those of the run's ``rollout`` stream; the process's own
+random state is left as it was.
+
+Example::
+
+    decoding: {sample: {temperature: 0.7, top_p: 0.95}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from luthier.core.errors import UserError
+from luthier.core.protocols import Completion, Context
+from luthier.core.registry import decoder
+from luthier.functional import sequences
+
+
+@decoder("sample")
+class Sample:
+    """Draw each token from the model's distribution."""
+
+    def __init__(
+        self,
+        *,
+        temperature: Annotated[float, Field(gt=0, description="below 1 sharpens, above 1 flattens")] = 1.0,
+        top_p: Annotated[float, Field(gt=0, le=1, description="probability the kept tokens hold; 1 keeps all")] = 1.0,
+        top_k: Annotated[int, Field(ge=0, description="number of tokens kept; 0 keeps all")] = 0,
+        min_p: Annotated[float, Field(ge=0, le=1, description="least share of the top probability; 0 keeps all")] = 0.0,
+        max_new_tokens: Annotated[int, Field(ge=1, description="longest completion, in tokens")] = 256,
+        batch_rows: Annotated[int, Field(ge=1, description="prompts completed together")] = 32,
+    ) -> None:
+        self.temperature, self.top_p, self.top_k, self.min_p = temperature, top_p, top_k, min_p
+        self.max_new_tokens, self.batch_rows = max_new_tokens, batch_rows
+
+    def generate(self, model: Any, prompts: Sequence[Sequence[int]], ctx: Context) -> list[Completion]:
+        """One completion per prompt of token ids, in order.
+
+        Raises:
+            UserError: a prompt has no token.
+        """
+        if empty := [index for index, prompt in enumerate(prompts) if not len(prompt)]:
+            raise UserError(f"prompt {empty[0] + 1} has no token; give at least a beginning-of-text token.")
+        from transformers import GenerationConfig
+
+        tokenizer = ctx.processor
+        stop = sequences.stop_tokens(tokenizer.eos_token_id, model.generation_config.eos_token_id)
+        pad_id = next((i for i in (tokenizer.pad_token_id, *stop) if i is not None), 0)
+        seeds = ctx.rng("rollout")
+
+        def write(ids_BT: torch.Tensor, mask_BT: torch.Tensor, most: int) -> torch.Tensor:
+            settings = GenerationConfig(
+                **sequences.NEUTRAL,
+                do_sample=True,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                min_p=self.min_p,
+                max_new_tokens=most,
+                eos_token_id=stop or None,
+                pad_token_id=pad_id,
+            )
+            # transformers draws from the process's generator, which is seeded here and put back afterwards.
+            devices = [ctx.device] if ctx.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(int(torch.randint(2**62, (1,), generator=seeds)))
+                whole_BT = model.generate(
+                    input_ids=ids_BT.to(ctx.device), attention_mask=mask_BT.to(ctx.device), generation_config=settings
+                )
+            return whole_BT[:, ids_BT.shape[1] :]
+
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                written = sequences.complete(
+                    write,
+                    prompts,
+                    stop=stop,
+                    pad_id=pad_id,
+                    batch_rows=self.batch_rows,
+                    max_new_tokens=self.max_new_tokens,
+                    context=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+                )
+        finally:
+            if training:
+                model.train()
+        return [
+            Completion(text=tokenizer.decode(ids, skip_special_tokens=True), token_ids=ids, finished=finished)
+            for ids, finished in written
+        ]

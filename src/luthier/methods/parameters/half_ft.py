@@ -1,0 +1,354 @@
+"""Half fine-tuning: train a random half of the weight matrices of every block, keep the other half as it was.
+
+    theta <- theta - step(M * grad L(theta)),   M = 1 on chosen tensors, 0 elsewhere
+
+M is drawn per layer and category: 2 of the 4 attention matrices, 1 or 2 of the 3 feed-forward matrices (half overall),
+1 of the 2 norms; a bias goes with its matrix. Embeddings, output head and final norm are trained as in full
+fine-tuning unless frozen by option; a newly added head always is. Frozen tensors carry no gradient, no optimiser state
+and no weight decay, and stay bit-identical. A new M is drawn for every stage of a procedure.
+
+``level: element`` draws M entry by entry; it and parts of fused matrices are held by masking the gradient and putting
+the entries back after each step, so they save no memory.
+
+Paper: "HFT: Half Fine-Tuning for Large Language Models", 2024, arXiv 2404.18466 (ACL 2025). No official code is known;
+training the embeddings by default is this library's reading of the paper.
+
+Example::
+
+    parameters:
+      - half-ft: {fraction: 0.5, level: category}
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from luthier.core.errors import UserError, did_you_mean
+from luthier.core.protocols import Context
+from luthier.core.registry import parameters
+from luthier.core.rng import stream
+from luthier.functional import tensor_selection as selection
+from luthier.functional.parameter_groups import decay_groups
+from luthier.functional.tensor_selection import Fused, Unit
+
+FIXED = ("attention", "ffn", "lower", "upper", "alternate")
+# Architectures whose fused attention matrix holds q, k and v side by side within each head.
+_PER_HEAD = ("gpt_neox", "gpt_neox_japanese", "bloom")
+_UNKNOWN_LAYOUT = ("codegen",)
+
+
+@parameters(
+    "half-ft",
+    identity={"fraction": 1.0},
+    example={"fraction": 0.5},
+    conflicts={
+        "parameters:full": "both claim every tensor; name half-ft alone (it also trains embeddings and head)",
+        "parameters:lora": "half-ft freezes base tensors, and lora has already frozen all of them; use one of the two",
+    },
+    paper="HFT: Half Fine-Tuning for Large Language Models, 2024, arXiv 2404.18466",
+)
+class HalfFineTuning:
+    """Half fine-tuning: a random half of the weight matrices of every block is trained, the other half kept."""
+
+    def __init__(
+        self,
+        *,
+        fraction: Annotated[float, Field(gt=0, le=1, description="share of the block tensors that is trained")] = 0.5,
+        level: Annotated[
+            Literal["category", "layer", "model", "element"],
+            Field(description="choose per category and layer, whole layers, any tensors by size, or single entries"),
+        ] = "category",
+        resample: Annotated[
+            str,
+            Field(
+                pattern=r"^(stage|epoch|never|steps:[1-9][0-9]*)$",
+                description="when a new choice is drawn: stage, epoch, steps:N or never",
+            ),
+        ] = "stage",
+        balance: Annotated[
+            Literal["count", "size"],
+            Field(description="half by number of matrices, or the subset of that number nearest to half by size"),
+        ] = "count",
+        embeddings: Annotated[
+            Literal["train", "freeze"], Field(description="input embeddings and language-model head")
+        ] = "train",
+        final_norm: Annotated[Literal["train", "freeze"], Field(description="norms outside the blocks")] = "train",
+        split_fused: Annotated[
+            bool, Field(description="choose q, k, v (gate, up) of a fused matrix one by one")
+        ] = True,
+        mask_seed: Annotated[int | None, Field(ge=0, description="seed of the choice; the run's seed by default")] = None,
+        fixed_selection: Annotated[
+            str | list[str] | None,
+            Field(description="attention, ffn, lower, upper, alternate, or a list of module names (* allowed)"),
+        ] = None,
+    ) -> None:
+        if isinstance(fixed_selection, str) and fixed_selection not in FIXED:
+            raise UserError(
+                f"half-ft: unknown fixed_selection '{fixed_selection}'.{did_you_mean(fixed_selection, FIXED)} "
+                f"Accepted: {', '.join(FIXED)}, or a list of module names."
+            )
+        if fixed_selection is not None and level == "element":
+            raise UserError("half-ft: fixed_selection names whole tensors; remove level: element.")
+        self.fraction, self.level, self.resample, self.balance = fraction, level, resample, balance
+        self.embeddings, self.final_norm, self.split_fused = embeddings, final_norm, split_fused
+        self.mask_seed, self.fixed_selection = mask_seed, fixed_selection
+        # True after the choice changed within a run: the engine then asks for `groups` again, drops the optimiser state
+        # of tensors no longer listed, starts that of new ones afresh, and sets it back.
+        self.regroup = False
+        self._model: torch.nn.Module | None = None
+        self._units: list[Unit] = []
+        self._fused: dict[str, Fused] = {}
+        self._chosen: set[str] = set()
+        self._masks: dict[str, torch.Tensor] = {}
+        self._kept: dict[str, torch.Tensor] = {}
+        self._seed, self._stage, self._round, self._steps = 0, 0, 0, 0
+
+    # -- the extension point
+
+    def apply(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
+        """Choose the tensors and open them."""
+        self._model = model
+        self._fused = self._find_fused(model) if self.split_fused else {}
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self._units = selection.block_units(shapes, self._fused)
+        if not self._units:
+            first = ", ".join(list(shapes)[:3])
+            raise UserError(
+                "half-ft: found no transformer blocks (a numbered list of modules with attention matrices) in "
+                f"{type(model).__name__}; its tensors begin with {first}. Use 'full' for this model."
+            )
+        self._seed = ctx.seed if self.mask_seed is None else self.mask_seed
+        # Procedures number their training stages; a single run is stage 0.
+        self._stage = 0 if self.resample == "never" else int(getattr(ctx, "stage", 0))
+        self._round, self._steps = 0, 0
+        self._choose()
+        report = self.trained_tensors()
+        ctx.log(
+            trainable_share=report["trainable_share"],
+            **{f"trainable_share_{name}": share for name, share in report["share_by_category"].items()},
+        )
+        return model
+
+    def groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+        """Opened tensors only: matrices with weight decay, vectors without."""
+        return decay_groups(model.named_parameters())
+
+    def on_grad(self, model: torch.nn.Module, ctx: Context) -> None:
+        """Clear the gradient of entries that are held, and remember their values."""
+        if not self._masks:
+            return
+        for name, parameter in model.named_parameters():
+            if name in self._masks and parameter.grad is not None:
+                if hasattr(parameter, "device_mesh"):
+                    raise UserError(
+                        "half-ft: parts of a tensor cannot be held under training.sharding: fsdp2. Use level: category "
+                        "with split_fused: false, or sharding: ddp."
+                    )
+                mask = self._mask(name, parameter)
+                parameter.grad.mul_(mask)
+                self._kept[name] = parameter.detach().clone()
+
+    @torch.no_grad()
+    def on_step(self, model: torch.nn.Module, ctx: Context) -> None:
+        """Put held entries back (weight decay and old momentum move them), and draw a new choice when it is due."""
+        if self._kept:
+            named = dict(model.named_parameters())
+            for name, before in self._kept.items():
+                parameter = named[name]
+                parameter.copy_(torch.where(self._mask(name, parameter), parameter, before))
+            self._kept = {}
+        self._steps += 1
+        due = self._round
+        if self.resample == "epoch":
+            due = int(ctx.epoch)
+        elif self.resample.startswith("steps:"):
+            due = self._steps // int(self.resample.split(":")[1])
+        if due != self._round:
+            self._round = due
+            self._choose()
+            self.regroup = True
+
+    def state(self) -> dict[str, Any]:
+        """Settings, position and the chosen units."""
+        return {
+            "settings": self._settings(),
+            "stage": self._stage,
+            "round": self._round,
+            "steps": self._steps,
+            "chosen": sorted(self._chosen),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state`, after :meth:`apply`.
+
+        Raises:
+            UserError: the checkpoint was made with another selection.
+        """
+        for key, value in self._settings().items():
+            if state["settings"].get(key) != value:
+                raise UserError(
+                    f"half-ft: the checkpoint was trained with {key} = {state['settings'].get(key)!r}, this recipe says "
+                    f"{value!r}. Resume with the same options, or start a new run."
+                )
+        before = set(self._chosen)
+        self._stage, self._round, self._steps = int(state["stage"]), int(state["round"]), int(state["steps"])
+        self._choose()
+        if sorted(self._chosen) != list(state["chosen"]):
+            raise UserError("half-ft: the checkpoint's trained tensors do not fit this model; resume the same model.")
+        self.regroup = self._chosen != before
+
+    def export(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model itself: an ordinary checkpoint."""
+        return model
+
+    def trained_tensors(self) -> dict[str, Any]:
+        """What is trained, for ``trained_tensors.json``: names, sizes, seed, level, fraction and shares by category."""
+        model = self._applied()
+        parts = selection.shares(self._units, lambda unit: unit.name in self._chosen)
+        if self.level == "element":
+            parts = {k: (round(total * self.fraction), total) for k, (_, total) in parts.items()}
+        total = sum(p.numel() for p in model.parameters())
+        inside = {name for unit in self._units for name in unit.tensors}
+        outside = sum(p.numel() for n, p in model.named_parameters() if n not in inside and p.requires_grad)
+        return {
+            "stage": self._stage,
+            "round": self._round,
+            "seed": self._seed,
+            **{k: getattr(self, k) for k in ("fraction", "level", "balance", "resample")},
+            "tensors": {u.name: u.size for u in self._units if u.name in self._chosen},
+            "share_by_category": {name: some / whole for name, (some, whole) in parts.items()},
+            "share_of_blocks": sum(s for s, _ in parts.values()) / sum(w for _, w in parts.values()),
+            "trainable_share": (sum(s for s, _ in parts.values()) + outside) / total,
+        }
+
+    # -- the choice
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("fraction", "level", "resample", "balance", "embeddings", "final_norm", "split_fused")
+        fixed = self.fixed_selection
+        return {**{n: getattr(self, n) for n in names}, "seed": self._seed, "fixed_selection": fixed}
+
+    def _applied(self) -> torch.nn.Module:
+        assert self._model is not None, "apply comes first"
+        return self._model
+
+    def _draw(self) -> set[str]:
+        everything = {u.name for u in self._units}
+        if self.level == "element" or self.fraction == 1.0 and self.fixed_selection is None:
+            return everything
+        number = self._stage + self._round
+        if isinstance(self.fixed_selection, list):
+            chosen, idle = selection.matching(self._units, self.fixed_selection)
+            if idle:
+                known = sorted(everything)
+                raise UserError(
+                    f"half-ft: fixed_selection '{idle[0]}' fits no module of the blocks.{did_you_mean(idle[0], known)} "
+                    f"Modules are named like {known[0]}."
+                )
+            return chosen
+        if self.fixed_selection == "alternate":
+            first = selection.select(
+                self._units, self.fraction, stream(self._seed, "init", "half-ft"), level=self.level, balance=self.balance
+            )
+            return first if number % 2 == 0 else everything - first
+        if self.fixed_selection is not None:
+            return selection.fixed(self._units, self.fixed_selection, self.fraction)
+        generator = stream(self._seed, "init", "half-ft", self._stage, self._round)
+        chosen = selection.select(self._units, self.fraction, generator, level=self.level, balance=self.balance)
+        if self.level == "category":
+            for category in ("attention", "ffn"):
+                members = {u.name for u in self._units if u.category == category}
+                if members and not members & chosen:
+                    raise UserError(
+                        f"half-ft: fraction {self.fraction:g} leaves no {category} matrix to train in any layer; "
+                        "use a larger fraction, or level: element."
+                    )
+        return chosen
+
+    def _choose(self) -> None:
+        """Draw, set requires_grad, and set up masks for tensors that are held in part."""
+        model = self._applied()
+        self._chosen = self._draw()
+        by_tensor: dict[str, list[Unit]] = {}
+        for unit in self._units:
+            for name in unit.tensors:
+                by_tensor.setdefault(name, []).append(unit)
+        self._masks = {}
+        outside = self._outside(model)
+        for name, parameter in model.named_parameters():
+            units = by_tensor.get(name)
+            if units is None:
+                parameter.requires_grad_(outside[name])
+                continue
+            chosen = [u for u in units if u.name in self._chosen]
+            parameter.requires_grad_(bool(chosen))
+            if chosen and len(chosen) < len(units):
+                self._masks[name] = self._rows_mask(chosen, parameter)
+            elif self.level == "element" and self.fraction < 1:
+                generator = stream(self._seed, "init", "half-ft", self._stage, self._round, name)
+                self._masks[name] = torch.rand(parameter.shape, generator=generator) < self.fraction
+
+    def _rows_mask(self, chosen: list[Unit], parameter: torch.Tensor) -> torch.Tensor:
+        """A mask that broadcasts over the tensor: true on the rows of the chosen parts."""
+        fused = self._fused[selection.module_of(chosen[0].tensors[0])]
+        dim = fused.dim if parameter.dim() > 1 else 0
+        shape = [1] * parameter.dim()
+        shape[dim] = parameter.shape[dim]
+        mask = torch.zeros(parameter.shape[dim], dtype=torch.bool)
+        for unit in chosen:
+            assert unit.part is not None
+            mask[fused.rows[unit.part]] = True
+        return mask.view(shape)
+
+    def _mask(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        self._masks[name] = self._masks[name].to(parameter.device)
+        return self._masks[name]
+
+    def _outside(self, model: torch.nn.Module) -> dict[str, bool]:
+        """For tensors in no block: whether they are trained. Heads that are not the language model's always are."""
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        words = {id(p) for p in head.parameters()} if head is not None else set()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding):
+                words |= {id(p) for p in module.parameters()}
+        found = {}
+        for name, parameter in model.named_parameters():
+            if id(parameter) in words or "embed" in name:
+                found[name] = self.embeddings == "train"
+            elif selection.is_norm(selection.module_of(name)):
+                found[name] = self.final_norm == "train"
+            else:
+                found[name] = True
+        return found
+
+    def _find_fused(self, model: torch.nn.Module) -> dict[str, Fused]:
+        config = getattr(model, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        kind = getattr(config, "model_type", "")
+        heads = int(getattr(config, "num_attention_heads", 0) or 0)
+        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        hidden = int(getattr(config, "hidden_size", 0) or 0)
+        head_dim = int(getattr(config, "head_dim", None) or (hidden // heads if heads else 0))
+        per_head = kind in _PER_HEAD
+        if kind == "falcon" and not config.new_decoder_architecture:
+            kv_heads, per_head = (1, False) if config.multi_query else (heads, True)
+        found = {}
+        for path, module in model.named_modules():
+            weight = getattr(module, "weight", None)
+            if not selection.looks_fused(path) or not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+                continue
+            dim = 1 if type(module).__name__ == "Conv1D" else 0
+            fused = None
+            if kind not in _UNKNOWN_LAYOUT:
+                fused = selection.fused_rows(
+                    path, weight.shape[dim], heads=heads, kv_heads=kv_heads, head_dim=head_dim, per_head=per_head, dim=dim
+                )
+            if fused is None:
+                warnings.warn(f"half-ft: the layout of the fused {path} is not known; it is one unit.", stacklevel=3)
+            else:
+                found[path] = fused
+        return found

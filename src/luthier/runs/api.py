@@ -1,0 +1,201 @@
+"""The public functions behind the command line and ``import luthier``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from luthier.core.errors import UserError
+from luthier.runs.run import Run, Workshop, execute, open_model
+
+__all__ = ["Run", "check", "evaluate", "generate", "plan_of", "prepare_data", "quickstart", "train", "tune"]
+
+
+def plan_of(recipe: Any = None, /, *, overrides: Sequence[str] = (), **sections: Any) -> Any:
+    """The plan of a recipe file, a mapping, or sections given as keywords (``model=..., data=..., objective=...``)."""
+    from luthier.recipe.load import load
+    from luthier.recipe.plan import plan
+
+    if recipe is not None and sections and not isinstance(recipe, dict):
+        raise UserError("give a recipe file with overrides, or the sections as keywords, not both.")
+    source = {**(recipe if isinstance(recipe, dict) else {}), **sections} if recipe is None or sections else recipe
+    return plan(load(source, list(overrides)))
+
+
+def tune(
+    recipe: str | Path | dict[str, Any] | None = None,
+    /,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    quiet: bool = False,
+    **sections: Any,
+) -> Run:
+    """Fine-tune a model: the Python form of ``luthier train``.
+
+    Args:
+        recipe: a recipe file or mapping; or leave it out and give sections.
+        overrides: ``key.path=value`` as on the command line.
+        resume: continue the run in the output folder.
+        quiet: show no progress.
+        sections: ``model``, ``data``, ``objective``, ``parameters``, ``transforms``, ``training``, ``output``, ...
+
+    Returns:
+        The run: ``.metrics``, ``.model``, ``.processor``, ``.folder``, ``.report()``.
+
+    Raises:
+        UserError: the recipe or the data is wrong.
+
+    Example::
+
+        run = luthier.tune(model="lab:nano", data="lab:arithmetic", objective="sft", parameters=["lora"])
+        print(run.metrics["after"]["target"]["loss"])
+    """
+    return execute(plan_of(recipe, overrides=overrides, **sections), resume=resume, quiet=quiet)
+
+
+def train(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
+    """Run a plan to its end."""
+    return execute(plan, resume=resume, quiet=quiet)
+
+
+def _opened(plan: Any, *, keep: bool = True, folder: Path | None = None) -> tuple[Any, Any, str]:
+    """(data, model info, task) of a plan, without weights."""
+    from luthier.models.load import inspect, load_processor
+    from luthier.runs import setup
+
+    recipe = plan.recipe
+    info = inspect(recipe.model.id)
+    task = recipe.model.task if recipe.model.task != "auto" else (info.task or "causal-lm")
+    plan.settle_task(task)
+    processor = load_processor(info.folder, task, recipe.model.trust_remote_code)
+    return setup.load_data(plan, processor, task, folder=folder, keep=keep), info, task
+
+
+def prepare_data(plan: Any) -> tuple[Any, Any, Any]:
+    """(rows, renderer, prepared) of the training data, for looking at it."""
+    data, _, _ = _opened(plan, keep=False)
+    return data.train.rows, data.renderer, data.train.prepared
+
+
+def check(plan: Any) -> dict[str, Any]:
+    """Everything that can fail, checked without training.
+
+    Returns:
+        ``{"task", "model", "data", "steps", "estimate", "methods"}``, JSON values.
+    """
+    from luthier.engine.order import DataOrder
+    from luthier.models.estimate import estimate
+    from luthier.runs import setup
+
+    data, info, task = _opened(plan)
+    stack = setup.build_stack(plan)
+    training = plan.recipe.training
+    order = DataOrder(
+        data.train.prepared.lengths,
+        seed=plan.recipe.seed,
+        batch_rows=None if training.batch_tokens else training.batch_rows,
+        batch_tokens=training.batch_tokens,
+        buckets=training.buckets,
+        oversample=stack.oversample,
+    )
+    steps = order.steps(training.epochs, training.max_steps)
+    return {
+        "task": task,
+        "model": {"id": plan.recipe.model.id, "parameters": info.parameters, "max_length": info.max_length},
+        "data": data.report(),
+        "steps": steps,
+        "estimate": estimate(info, plan, data.train.prepared, steps).to_dict(),
+        "methods": plan.to_dict(),
+    }
+
+
+def evaluate(plan: Any, model_folder: str | Path | None = None, harness: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure a model on the recipe's test and keep data.
+
+    Args:
+        plan: a plan.
+        model_folder: the model to measure; by default the run's ``model`` folder if there is one, else the base.
+        harness: tasks of lm-evaluation-harness to run as well.
+    """
+    from luthier.models.load import load
+    from luthier.runs import setup
+
+    setup.settings(plan)
+    data, _, task = _opened(plan)
+    trained = Path(plan.recipe.output) / "model"
+    spec = model_folder or (trained if trained.exists() else None)
+    loaded = open_model(plan, data.labels) if spec is None else load(spec, task=task, labels=data.labels or None)
+    shop = Workshop(plan, data, loaded, Path(plan.recipe.output), resume=False, quiet=True)
+    found = {"model": str(spec or plan.recipe.model.id), **shop.evaluate(loaded.model)}
+    if harness:
+        from luthier.evaluation.harness import run_harness
+
+        found["harness"] = run_harness(loaded.model, loaded.processor, list(harness))
+    return found
+
+
+def generate(
+    model: str | Path,
+    prompts: Sequence[str | list[dict[str, Any]]],
+    *,
+    decoding: str = "greedy",
+    options: dict[str, Any] | None = None,
+    max_new_tokens: int = 256,
+) -> list[str]:
+    """Completions of a model folder, one per prompt (text, or a list of messages)."""
+    from luthier.core import registry
+    from luthier.data.render import Renderer
+    from luthier.engine.stack import Setup
+    from luthier.models.load import load
+
+    loaded = load(model, task="causal-lm")
+    renderer = Renderer(loaded.processor, task="causal-lm")
+    decoder = registry.get("decoding", decoding).build({"max_new_tokens": max_new_tokens, **(options or {})})
+    ids = [renderer.prompt_ids(prompt_row(p)) for p in prompts]
+    context = Setup(seed=0, task="causal-lm", processor=loaded.processor, device=loaded.model.device)
+    return [c.text for c in decoder.generate(loaded.model, ids, context)]
+
+
+def prompt_row(prompt: str | list[dict[str, Any]]) -> dict[str, Any]:
+    """A canonical row with a prompt and nothing to learn."""
+    import json
+
+    if isinstance(prompt, str):
+        return {"kind": "pair", "prompt": prompt, "completion": ""}
+    return {"kind": "chat", "messages": json.dumps([*prompt, {"role": "assistant", "content": ""}])}
+
+
+QUICKSTART = {
+    "sft": {},
+    "half-ft": {"parameters": ["half-ft"]},
+    "beyond-log-likelihood": {"objective": "beyond-log-likelihood"},
+}
+
+
+def quickstart(folder: str | Path = "runs/quickstart", *, quiet: bool = False) -> dict[str, Any]:
+    """Build the lab base, fine-tune it three ways and compare.
+
+    Returns:
+        ``{"runs": {method: metrics}, "report": path of the plain run's report}``.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        shutil.rmtree(folder)
+    runs: dict[str, Any] = {}
+    for name, sections in QUICKSTART.items():
+        run = tune(
+            {
+                "model": "lab:nano",
+                "data": {"train": "lab:arithmetic", "test": "lab:arithmetic", "keep": "default", "limit": 2000},
+                "training": {"learning_rate": 1e-3, "batch_rows": 32, "epochs": 2, "log_steps": 20},
+                "evaluation": {"max_new_tokens": 32, "limit": 200},
+                "output": str(folder / name),
+                **sections,
+            },
+            quiet=quiet,
+        )
+        runs[name] = run.metrics
+    return {"runs": runs, "report": str(folder / "sft" / "report.html")}

@@ -1,0 +1,138 @@
+"""Line charts as inline SVG, made by hand: no script, no font, no file beside the page.
+
+Colours come from the page's CSS variables, so one drawing serves light and dark. The drawing is small (360 units wide)
+and scales up, so that its text stays readable on a phone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 360, 216
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 34
+_MOST_POINTS = 160
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve.
+
+    Attributes:
+        name: for the legend.
+        points: (x, y) in the order of x; values that are not finite are left out.
+        role: CSS class of the curve: ``train``, ``eval``, ``third`` or ``fourth``.
+        dots: mark every point, for curves of few points.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    role: str = "train"
+    dots: bool = False
+
+
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """At most about ``count`` round numbers from the last at or below ``low`` to the first at or above ``high``."""
+    if not high > low:
+        pad = abs(low) * 0.1 or 1.0
+        low, high = low - pad, high + pad
+    rough = (high - low) / max(count - 1, 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]
+
+
+def tick_text(value: float) -> str:
+    """A short number: ``12k``, ``0.25``, ``2e-5``."""
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value / 1e6:g}M"
+    if size >= 1e4:
+        return f"{value / 1e3:g}k"
+    if 0 < size < 1e-3:
+        return f"{value:.2g}".replace("e-0", "e-")
+    return f"{value:.4g}"
+
+
+def thin(points: Sequence[tuple[float, float]], most: int = _MOST_POINTS) -> list[tuple[float, float, float, float]]:
+    """(x, mean, lowest, highest) of at most ``most`` runs of neighbouring points."""
+    finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    size = max(1, math.ceil(len(finite) / most))
+    runs = [finite[i : i + size] for i in range(0, len(finite), size)]
+    return [
+        (sum(x for x, _ in r) / len(r), sum(y for _, y in r) / len(r), min(y for _, y in r), max(y for _, y in r))
+        for r in runs
+    ]
+
+
+def _range(values: list[float]) -> tuple[float, float]:
+    """The range to draw: all of it, unless a few spikes at the top would flatten the rest."""
+    ordered = sorted(values)
+    low, high = ordered[0], ordered[-1]
+    usual = ordered[min(len(ordered) - 1, int(0.98 * len(ordered)))]
+    if len(ordered) >= 50 and high - low > 4 * (usual - low) > 0:
+        high = low + 1.5 * (usual - low)
+    return low, high
+
+
+def line_chart(series: Sequence[Series], *, title: str, x_label: str = "step", from_zero: bool = False) -> str:
+    """An SVG with the curves, axes, and a title for screen readers; empty when there is nothing finite to draw.
+
+    Args:
+        series: the curves; long ones are drawn as means with a band from lowest to highest.
+        title: what is shown.
+        x_label: under the horizontal axis.
+        from_zero: whether the vertical axis starts at zero.
+    """
+    curves = [(s, thin(s.points)) for s in series]
+    curves = [(s, points) for s, points in curves if points]
+    if not curves:
+        return ""
+    xs = [p[0] for _, points in curves for p in points]
+    low, high = _range([y for _, points in curves for p in points for y in p[2:]])
+    y_ticks = nice_ticks(min(low, 0.0) if from_zero else low, high)
+    x_ticks = [t for t in nice_ticks(min(xs), max(xs)) if min(xs) <= t <= max(xs)] or [xs[0]]
+    x0, x1, y0, y1 = min(xs), max(xs), y_ticks[0], y_ticks[-1]
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (x - x0) / (x1 - x0) if x1 > x0 else 0.5
+        up = (min(max(y, y0), y1) - y0) / (y1 - y0)
+        return (
+            round(_LEFT + across * (WIDTH - _LEFT - _RIGHT), 1),
+            round(HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM), 1),
+        )
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" class="chart"><title>{escape(title)}</title>']
+    for tick in y_ticks:
+        _, y = at(x0, tick)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 3.5}" text-anchor="end">{tick_text(tick)}</text>')
+    for tick in x_ticks:
+        x, _ = at(tick, y0)
+        anchor = "end" if x > WIDTH - _RIGHT - 8 else "middle"
+        parts.append(
+            f'<text class="tick" x="{x}" y="{HEIGHT - _BOTTOM + 15}" text-anchor="{anchor}">{tick_text(tick)}</text>'
+        )
+    parts.append(
+        f'<text class="axis" x="{(_LEFT + WIDTH - _RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">'
+        f"{escape(x_label)}</text>"
+    )
+    for one, points in curves:
+        if any(p[3] > p[2] for p in points):
+            edge = [at(p[0], p[3]) for p in points] + [at(p[0], p[2]) for p in reversed(points)]
+            parts.append(f'<polygon class="band {one.role}" points="{_joined(edge)}"/>')
+        line = [at(p[0], p[1]) for p in points]
+        if len(line) > 1:
+            parts.append(f'<polyline class="curve {one.role}" points="{_joined(line)}"/>')
+        if one.dots or len(line) == 1:
+            for (x, y), p in zip(line, points, strict=True):
+                label = escape(f"{one.name}: {p[1]:.4g} at {x_label} {p[0]:g}")
+                parts.append(f'<circle class="dot {one.role}" cx="{x}" cy="{y}" r="3"><title>{label}</title></circle>')
+    return "".join([*parts, "</svg>"])
+
+
+def _joined(points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x:g},{y:g}" for x, y in points)

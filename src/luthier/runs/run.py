@@ -1,0 +1,313 @@
+"""One run from plan to folder: read, check, load, measure, train, merge, measure again, write.
+
+What it leaves: ``recipe.yaml`` (resolved), ``manifest.json``, ``data.json``, ``metrics.jsonl``, ``checkpoints/``,
+``model/``, ``evaluation.json``, ``samples.json``, ``report.html`` and ``README.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from luthier.core.errors import UserError
+from luthier.core.protocols import Artefact, Completion
+from luthier.core.store import write_atomic, write_json
+from luthier.runs import setup
+from luthier.runs.measure import Measure, quick_loss
+from luthier.runs.progress import TrainProgress
+
+
+@dataclass
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: where everything is.
+        model: the trained model, in memory.
+        processor: its tokenizer or image processor.
+        metrics: ``{"before": ..., "after": ..., "training": ...}``.
+        tables: results of the recipe's analyses.
+    """
+
+    folder: Path
+    model: Any
+    processor: Any
+    metrics: dict[str, Any]
+    tables: list[Any] = field(default_factory=list)
+
+    def report(self) -> Path:
+        """Write ``report.html`` anew from what the folder holds, and give its path."""
+        from luthier.runs.report import write_report
+
+        return write_report(self.folder)
+
+
+class Workshop:
+    """The context of a procedure: its data, and the calls a procedure is built from.
+
+    Args:
+        plan: the plan, its task settled.
+        data: the prepared data.
+        loaded: the base model.
+        folder: the run's folder.
+        resume: continue from the newest checkpoint.
+        quiet: show nothing.
+    """
+
+    def __init__(self, plan: Any, data: setup.Data, loaded: Any, folder: Path, *, resume: bool, quiet: bool) -> None:
+        from luthier.engine.distributed import Processes
+
+        self.plan, self.data, self.loaded, self.folder = plan, data, loaded, folder
+        self.resume, self.quiet = resume, quiet
+        self.processes = Processes(plan.recipe.training.sharding)
+        self.precision = setup.precision(plan)
+        self.decoder = _decoder(plan)
+        self.measure = Measure(plan, data, self.decoder)
+        self.seed: int = plan.recipe.seed
+
+    # -- sessions
+
+    def _decode(self, session: Any, prompts: Any, *, samples: int = 1, **options: Any) -> list[list[Completion]]:
+        ids = [self.data.renderer.prompt_ids(p) if isinstance(p, dict) else list(p) for p in prompts]
+        decoder = (
+            self.plan.decoding.method.build({**self.plan.decoding.options, **options}) if options else self.decoder
+        )
+        found = decoder.generate(session.model, [p for p in ids for _ in range(samples)], session)
+        return [found[i : i + samples] for i in range(0, len(found), samples)]
+
+    def session(self, model: Any, stack: Any = None) -> Any:
+        """A session over a model; without methods it serves evaluation alone."""
+        from luthier.engine.session import Session
+        from luthier.engine.stack import Stack
+        from luthier.methods.objectives.sft import SupervisedFineTuning
+        from luthier.tasks import get_task
+
+        training = self.plan.recipe.training
+        return Session(
+            model=model,
+            task=get_task(self.plan.task, self.loaded.processor),
+            processor=self.loaded.processor,
+            stack=stack or Stack(objective=SupervisedFineTuning()),
+            processes=self.processes,
+            seed=self.seed,
+            precision=self.precision,
+            head_chunk=training.head_chunk,
+            head_backend=training.head,
+            fingerprint=self.loaded.fingerprint,
+            decode=self._decode,
+            wrap=stack is not None,
+        )
+
+    # -- the calls of a procedure
+
+    def train(self, source: setup.Source) -> Artefact:
+        """Train the base model on a source with the recipe's objective, transforms, selection and parameters."""
+        from luthier.engine.loop import Trainer
+        from luthier.engine.optimizer import open_parameters
+        from luthier.engine.stack import Setup
+        from luthier.engine.verify import verify_head
+
+        training = self.plan.recipe.training
+        stack = setup.build_stack(self.plan)
+        model = self.loaded.model.to(self.processes.device)
+        context = Setup(seed=self.seed, task=self.plan.task, processor=self.loaded.processor)
+        model = open_parameters(model, stack, context)
+        if training.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        session = self.session(model, stack)
+        if self.plan.task == "causal-lm" and not self.processes.sharded:
+            verify_head(session)
+        test, rows = self.data.test, self.plan.recipe.evaluation.batch_rows
+        evaluate: Callable[[], dict[str, float]] | None = None
+        if test is not None:
+            evaluate = lambda: quick_loss(session, test.prepared, rows)  # noqa: E731
+        trainer = Trainer(session, source.prepared, training, folder=self.folder, evaluate=evaluate)
+        trackers = self._trackers()
+        with TrainProgress(trainer.total, quiet=self.quiet or not self.processes.main) as progress:
+
+            def observe(event: str, values: dict[str, Any]) -> None:
+                progress(event, values)
+                if trackers is not None and event in ("step", "evaluation"):
+                    prefix = "train" if event == "step" else "eval"
+                    shown = {
+                        f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"
+                    }
+                    trackers.log(shown, step=values["step"])
+
+            trainer.observe = observe
+            totals = trainer.run(resume=self.resume)
+        if trackers is not None:
+            trackers.end_training()
+        trained = _whole_model(self, session)
+        for method in stack.parameters:
+            trained = method.export(trained)
+        return Artefact(model=trained, metrics=totals, folder=self.folder)
+
+    def evaluate(self, model: Any) -> dict[str, Any]:
+        """Target, keep and calibration metrics of a model."""
+        return self.measure(self.session(model))
+
+    def generate(self, prompts: Any, *, model: Any = None, samples: int = 1, **options: Any) -> list[list[Completion]]:
+        """Completions for prompts (token ids or canonical rows), by the base unless a model is given."""
+        session = self.session(model if model is not None else self.loaded.model)
+        return self._decode(session, prompts, samples=samples, **options)
+
+    def score(self, prepared: Any, model: Any = None) -> Any:
+        """Target log-probabilities of prepared rows, one tensor per row."""
+        return self.session(model if model is not None else self.loaded.model).score(prepared)
+
+    def _trackers(self) -> Any:
+        names = self.plan.recipe.training.trackers
+        if not names or not self.processes.main:
+            return None
+        from accelerate import Accelerator
+
+        tracking = Accelerator(log_with=list(names), project_dir=str(self.folder), cpu=True)
+        tracking.init_trackers(self.folder.name)
+        return tracking
+
+
+def _decoder(plan: Any) -> Any:
+    """The recipe's decoder, writing no more than ``evaluation.max_new_tokens``."""
+    options = dict(plan.decoding.options)
+    if "max_new_tokens" in options:
+        options["max_new_tokens"] = min(options["max_new_tokens"], plan.recipe.evaluation.max_new_tokens)
+    return plan.decoding.method.build(options)
+
+
+def _whole_model(shop: Workshop, session: Any) -> Any:
+    """The trained model with whole tensors: sharded ones are gathered into a freshly opened base."""
+    if not shop.processes.sharded:
+        return session.model
+    from luthier.engine.optimizer import open_parameters
+    from luthier.engine.stack import Setup
+
+    fresh = open_model(shop.plan, shop.data.labels).model
+    stack = setup.build_stack(shop.plan)
+    fresh = open_parameters(fresh, stack, Setup(seed=shop.seed, task=shop.plan.task, processor=shop.loaded.processor))
+    trained = dict(session.model.named_parameters())
+    for name, parameter in fresh.named_parameters():
+        parameter.data.copy_(shop.processes.whole(trained[name].detach()))
+    return fresh.eval()
+
+
+def open_model(plan: Any, labels: tuple[str, ...] = ()) -> Any:
+    """The base model of a plan."""
+    from luthier.models.load import load
+
+    model = plan.recipe.model
+    return load(
+        model.id,
+        task=model.task,
+        revision=model.revision,
+        dtype=model.dtype,
+        attention=model.attention,
+        trust_remote_code=model.trust_remote_code,
+        labels=labels or None,
+        seed=plan.recipe.seed,
+    )
+
+
+def _claim_folder(plan: Any, *, resume: bool) -> Path:
+    """The run's folder: new or, with ``resume``, the one of the same recipe.
+
+    Raises:
+        UserError: it already holds a run, or the run in it has another recipe.
+    """
+    from luthier.recipe.load import dump
+
+    folder = Path(plan.recipe.output)
+    text = dump(plan.recipe)
+    held = folder / "recipe.yaml"
+    if held.exists():
+        if not resume:
+            raise UserError(
+                f"{folder} already holds a run. Continue it with --resume, choose another place with "
+                "output=..., or delete the folder."
+            )
+        if held.read_text(encoding="utf-8") != text:
+            raise UserError(
+                f"the run in {folder} was made by another recipe, so it cannot be continued with this one. Resume "
+                f"with {held}, or choose another place with output=..."
+            )
+    else:
+        write_atomic(held, text)
+    return folder
+
+
+def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
+    """Run a plan to its end.
+
+    Raises:
+        UserError: something in the recipe or the data; raised before weights are loaded wherever that is possible.
+        LuthierError: training failed.
+    """
+    from luthier.models.card import write_card
+    from luthier.models.load import inspect, load_processor
+    from luthier.models.save import save
+    from luthier.runs.manifest import write_manifest
+
+    started = time.perf_counter()
+    say = Console(stderr=True, quiet=quiet).print
+    setup.settings(plan)
+    recipe = plan.recipe
+    info = inspect(recipe.model.id)
+    task = recipe.model.task if recipe.model.task != "auto" else (info.task or "causal-lm")
+    plan.settle_task(task)
+    folder = _claim_folder(plan, resume=resume)
+    processor = load_processor(info.folder, task, recipe.model.trust_remote_code)
+    data = setup.load_data(plan, processor, task, folder=folder)
+    write_json(folder / "data.json", data.report())
+    loaded = open_model(plan, data.labels)
+    for note in loaded.notes:
+        say(note)
+    shop = Workshop(plan, data, loaded, folder, resume=resume, quiet=quiet)
+    say(
+        f"{len(data.train.prepared):,} rows, {int(data.train.prepared.lengths.sum()):,} tokens; precision {shop.precision}"
+    )
+    write_manifest(folder, plan, loaded, data)
+    evaluation_file = folder / "evaluation.json"
+    known = json.loads(evaluation_file.read_text()) if resume and evaluation_file.exists() else {}
+    before = known.get("before")
+    if before is None and recipe.evaluation.before:
+        say("measuring the base model")
+        before = shop.evaluate(loaded.model)
+        if shop.processes.main:
+            write_json(evaluation_file, {"before": before})
+    artefact = plan.procedure.build()(shop)
+    model = artefact.model
+    if shop.processes.main:
+        save(
+            model,
+            processor,
+            folder / "model",
+            task=task,
+            labels=data.labels,
+            base_fingerprint=loaded.fingerprint,
+        )
+    if plan.weights:
+        from luthier.runs.weights import apply_weights
+
+        model = apply_weights(plan, shop, folder)
+    say("measuring the trained model")
+    after = shop.evaluate(model)
+    training = {**artefact.metrics, "wall_seconds": time.perf_counter() - started}
+    metrics = {"before": before, "after": after, "training": training}
+    run = Run(folder=folder, model=model, processor=processor, metrics=metrics)
+    if shop.processes.main:
+        write_json(evaluation_file, metrics)
+        write_json(folder / "samples.json", shop.measure.samples(before, after))
+        for choice in plan.analysis:
+            run.tables.append(choice.build().run([run], shop))
+        if run.tables:
+            write_json(folder / "analysis.json", [vars(t) for t in run.tables])
+        run.report()
+        write_card(folder)
+    shop.processes.barrier()
+    return run

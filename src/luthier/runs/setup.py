@@ -1,0 +1,180 @@
+"""From a plan to the things a run works with: rows, renderer, prepared data, the model and its methods."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from luthier.core.errors import UserError
+from luthier.engine.stack import Stack, WeightedSum, as_objective
+
+
+@dataclass
+class Source:
+    """One data source, read and prepared.
+
+    Attributes:
+        name: how it is called in reports.
+        rows: canonical rows (validated).
+        prepared: token ids and supervised spans.
+    """
+
+    name: str
+    rows: Any
+    prepared: Any
+
+
+@dataclass
+class Data:
+    """The data of a run; ``train`` is what a procedure trains on."""
+
+    train: Source
+    test: Source | None = None
+    keep: list[Source] = field(default_factory=list)
+    renderer: Any = None
+    labels: tuple[str, ...] = ()
+
+    def report(self) -> dict[str, Any]:
+        """What was found in each source, as JSON."""
+
+        def one(source: Source) -> dict[str, Any]:
+            return {
+                "name": source.name,
+                "layout": source.rows.layout,
+                "read": source.rows.report.to_dict(),
+                "prepared": source.prepared.report.to_dict(),
+            }
+
+        found: dict[str, Any] = {"train": one(self.train)}
+        if self.test:
+            found["test"] = one(self.test)
+        found["keep"] = [one(s) for s in self.keep]
+        return found
+
+
+def method_context(plan: Any) -> Any:
+    """The context of data stages: seed and random streams."""
+    from luthier.engine.stack import Setup
+
+    return Setup(seed=plan.recipe.seed, task=plan.task, processor=None)
+
+
+def keep_sources(plan: Any, task: str) -> list[str]:
+    """Where forgetting is measured: the sources of the recipe, or the default for its model."""
+    chosen = plan.recipe.data.keep
+    if chosen is None:
+        return []
+    if chosen != "default":
+        return list(chosen)
+    if task != "causal-lm":
+        return []  # a classifier has no general material of its own task; name some under data.keep
+    return ["lab:mixture" if plan.recipe.model.id.startswith("lab:") else "lab:text"]
+
+
+def read_rows(plan: Any, spec: Any, *, split: str, limit: int | None, task: str, folder: Path | None = None) -> Any:
+    """Validated canonical rows of a source."""
+    from luthier.data.read import read
+
+    data = plan.recipe.data
+    own = split != "keep"
+    return read(
+        spec,
+        task=task,
+        layout=data.layout if own else "auto",
+        columns=dict(data.columns) if own else None,
+        bad_rows=data.bad_rows,
+        limit=limit,
+        reject_file=None if folder is None else folder / f"rejected-{split}.jsonl",
+        base=plan.recipe.folder,
+        split="train" if split == "train" else "test",
+    )
+
+
+def load_data(plan: Any, processor: Any, task: str, *, folder: Path | None = None, keep: bool = True) -> Data:
+    """Read, check, select and prepare every source; nothing here needs the model's weights.
+
+    Raises:
+        UserError: a bad row (with file, row number and field), or data that cannot teach anything.
+    """
+    from luthier.data.prepare import prepare
+    from luthier.data.render import Renderer
+    from luthier.models.load import inspect
+
+    recipe = plan.recipe
+    data = recipe.data
+    train = read_rows(plan, data.train, split="train", limit=data.limit, task=task, folder=folder)
+    for stage in plan.stages:
+        train = train.stage(stage.slug, stage.options, stage.build(), method_context(plan))
+    longest = data.max_length or inspect(recipe.model.id).max_length
+    options = {"template": data.template, "system": data.system, "thinking": data.thinking}
+    renderer = Renderer(processor, task=task, max_length=longest, truncation=data.truncation, **options)
+    labels = tuple(train.labels or ())
+    columns = tuple(dict.fromkeys(c for choice in plan.choices() for c in choice.needs.columns))
+    made = Data(
+        train=Source("train", train, prepare(train, renderer, labels=labels, columns=columns)),
+        renderer=renderer,
+        labels=labels,
+    )
+    if data.test is not None:
+        rows = read_rows(plan, data.test, split="test", limit=data.test_limit or recipe.evaluation.limit, task=task)
+        if unknown := sorted(set(rows.labels or ()) - set(labels)):
+            raise UserError(
+                f"data.test has labels that data.train has not: {', '.join(unknown[:5])}. Use the same label names."
+            )
+        made.test = Source("test", rows, prepare(rows, renderer, labels=labels, columns=columns))
+    if keep:
+        # Material on which forgetting is measured may be longer than the model reads: its start is enough.
+        cutting = Renderer(processor, task=task, max_length=longest, truncation="keep_start", **options)
+        for spec in keep_sources(plan, task):
+            rows = read_rows(plan, spec, split="keep", limit=data.keep_limit or recipe.evaluation.limit, task=task)
+            name = spec if isinstance(spec, str) and spec.startswith("lab:") else Path(str(spec)).stem
+            made.keep.append(Source(name, rows, prepare(rows, cutting, labels=labels)))
+    return made
+
+
+def settings(plan: Any) -> None:
+    """Threads, and an allocator that keeps its pages."""
+    import torch
+
+    from luthier.engine.memory import keep_pages
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    keep_pages()
+    if plan.recipe.training.threads:
+        torch.set_num_threads(plan.recipe.training.threads)
+
+
+def precision(plan: Any) -> str:
+    """``auto`` is fp32 on a CPU and bf16 on a GPU that has it."""
+    import torch
+
+    chosen = plan.recipe.training.precision
+    if chosen != "auto":
+        return chosen
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def build_stack(plan: Any) -> Stack:
+    """The methods of a plan, built with their options and named for the checkpoint."""
+    named: dict[str, Any] = {}
+
+    def make(choice: Any) -> Any:
+        built = choice.build()
+        built = as_objective(built) if choice.method.axis == "objective" else built
+        label, number = f"{choice.method.axis}:{choice.slug}", 2
+        while label in named:
+            label, number = f"{choice.method.axis}:{choice.slug}#{number}", number + 1
+        named[label] = built
+        return built
+
+    parts = [(c.slug, make(c), c.weight) for c in plan.objective]
+    alone = len(parts) == 1 and parts[0][2] == 1.0
+    return Stack(
+        objective=parts[0][1] if alone else WeightedSum(parts),
+        transforms=[make(c) for c in plan.transforms],
+        selector=make(plan.selection) if plan.selection else None,
+        parameters=[make(c) for c in plan.parameters],
+        named=named,
+    )

@@ -1,0 +1,257 @@
+"""What a run gained and what it lost, from its evaluation: changes with intervals, and the sentences that say so.
+
+An evaluation is ``{"before": groups, "after": groups, "change": groups}`` with the groups ``target``, ``keep`` and
+``calibration``, each ``{metric: {value, n, low, high, unit, direction}}`` or one level deeper by source. ``before`` and
+``change`` (paired differences, where they were computed) may be absent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Status = Literal["better", "worse", "same", "unknown"]
+GROUPS = ("target", "keep", "calibration")
+_NAMES = {
+    "loss": "Loss",
+    "perplexity": "Perplexity",
+    "token_accuracy": "Token accuracy",
+    "accuracy": "Accuracy",
+    "mean_probability": "Mean probability of the target",
+    "exact": "Exact match",
+    "exact_match": "Exact match",
+    "numeric": "Numeric match",
+    "judged": "Answers judged",
+    "finished": "Answers that ended by themselves",
+    "tokens": "Answer length",
+    "f1_macro": "F1, macro",
+    "f1_micro": "F1, micro",
+    "entity_f1": "Entity F1",
+    "entity_precision": "Entity precision",
+    "entity_recall": "Entity recall",
+    "ece_equal_mass": "Calibration error, equal-mass bins",
+    "ece_equal_width": "Calibration error, equal-width bins",
+    "brier": "Brier score",
+    "nll": "Negative log-likelihood",
+}
+# Neither more nor less of these is better by itself.
+_NEUTRAL = {"tokens", "judged"}
+# Which metric speaks for a group when no verifier's score is there.
+_SPEAKERS = ("accuracy", "entity_f1", "f1_macro", "loss", "perplexity", "token_accuracy")
+_SECONDARY = {*_SPEAKERS, *_NEUTRAL, "finished", "mean_probability", "f1_micro", "entity_precision", "entity_recall"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One metric before and after.
+
+    Attributes:
+        name: the metric's key, with its source in front (``stories: loss``) where there are several.
+        before, after: ``{value, n, low, high, unit, direction}``; before is None where it was not measured.
+        value, low, high: after minus before with its interval; None where unknown.
+        paired: whether the interval is of paired differences.
+        status: whether the interval excludes zero, and on which side.
+    """
+
+    name: str
+    before: Mapping[str, Any] | None
+    after: Mapping[str, Any]
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    paired: bool = False
+    status: Status = "unknown"
+
+    @property
+    def key(self) -> str:
+        """The metric's key without its source."""
+        return self.name.rpartition(": ")[2]
+
+    @property
+    def label(self) -> str:
+        """The metric's name for readers."""
+        source, _, key = self.name.rpartition(": ")
+        name = _NAMES.get(key) or (key.replace("_", " ")[:1].upper() + key.replace("_", " ")[1:])
+        return f"{name}, {source}" if source else name
+
+    @property
+    def unit(self) -> str:
+        """The metric's unit."""
+        return str(self.after.get("unit") or "")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What one group says in the verdict."""
+
+    title: str
+    status: Status
+    chip: str
+    change: Change | None
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The headline and one card per group."""
+
+    headline: str
+    cards: list[Card] = field(default_factory=list)
+
+
+def flatten(group: Mapping[str, Any], prefix: str = "") -> dict[str, Mapping[str, Any]]:
+    """Metrics by name, those of a source named ``source: metric``; entries that are no metrics are left out."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, value in group.items():
+        if isinstance(value, Mapping):
+            if "value" in value:
+                found[f"{prefix}{name}"] = value
+            else:
+                found |= flatten(value, f"{prefix}{name}: ")
+    return found
+
+
+def number(value: Any) -> float | None:
+    """A finite float, or None."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if usable else None
+
+
+def is_share(unit: str) -> bool:
+    """Whether values are shown in per cent."""
+    return unit.startswith(("share", "proportion", "fraction"))
+
+
+def text(value: Any, unit: str = "", *, signed: bool = False) -> str:
+    """A value for readers: per cent for shares (percentage points for signed ones), else four digits and the unit."""
+    x = number(value)
+    if x is None:
+        return "∞" if isinstance(value, float) and math.isinf(value) else "–"
+    sign = "+" if signed and x >= 0 else ""
+    if is_share(unit):
+        digits = f"{100 * x:.1f}"
+        return f"{sign}{digits} points" if signed else f"{digits} %"
+    shown = f"{x:.3f}" if 0.001 <= abs(x) < 100 or x == 0 else f"{x:,.0f}" if abs(x) >= 100 else f"{x:.2g}"
+    suffix = f" {unit}" if unit in ("nats", "tokens", "bits") else ""
+    return f"{sign}{shown}{suffix}".replace("-", "−", 1) if x < 0 else f"{sign}{shown}{suffix}"
+
+
+def interval(metric: Mapping[str, Any] | Change, unit: str, *, signed: bool = False) -> str:
+    """``low to high`` without units, or an empty string where it is not known."""
+    low, high = (metric.low, metric.high) if isinstance(metric, Change) else (metric.get("low"), metric.get("high"))
+    if number(low) is None or number(high) is None:
+        return ""
+    ends = [text(end, unit, signed=signed) for end in (low, high)]
+    return " to ".join(e.replace(" points", "").replace(" %", "").removesuffix(f" {unit}") for e in ends)
+
+
+def compare(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any], paired: Any = None) -> Change:
+    """The change of one metric.
+
+    Without a paired interval the two intervals are combined as those of independent estimates (R. G. Newcombe, 1998,
+    method 10): for estimates on the same items, which are positively correlated, that is too wide rather than too
+    narrow.
+    """
+    old, new = number((before or {}).get("value")), number(after.get("value"))
+    if before is None or old is None or new is None:
+        return Change(name, before, after)
+    value, low, high = new - old, None, None
+    if paired:
+        low, high = number(paired.get("low")), number(paired.get("high"))
+        value = number(paired.get("value")) or value
+    else:
+        ends = [number(m.get(k)) for m in (before, after) for k in ("low", "high")]
+        if None not in ends:
+            old_low, old_high, new_low, new_high = (float(e) for e in ends if e is not None)
+            low = value - math.hypot(new - new_low, old_high - old)
+            high = value + math.hypot(new_high - new, old - old_low)
+    status: Status = "unknown"
+    if low is not None and high is not None and name.rpartition(": ")[2] not in _NEUTRAL:
+        up = after.get("direction") == "higher"
+        status = "same" if low <= 0 <= high else "better" if (value > 0) == up else "worse"
+    return Change(name, before, after, value, low, high, bool(paired), status)
+
+
+def changes(evaluation: Mapping[str, Any], group: str) -> list[Change]:
+    """Every metric of a group, before against after."""
+    before, after, paired = (flatten((evaluation.get(k) or {}).get(group) or {}) for k in ("before", "after", "change"))
+    return [compare(name, before.get(name), metric, paired.get(name)) for name, metric in after.items()]
+
+
+def speaker(found: list[Change]) -> Change | None:
+    """The metric that speaks for the target: a verifier's score, else accuracy, F1 or loss."""
+    scores = [c for c in found if is_share(c.unit) and c.after.get("direction") == "higher" and c.key not in _SECONDARY]
+    ranked = [c for key in _SPEAKERS for c in found if c.key == key]
+    return next(iter([*scores, *ranked, *found]), None)
+
+
+def _described(change: Change) -> str:
+    unit = change.unit
+    if change.before is None or change.value is None:
+        known = interval(change.after, unit)
+        return f"{change.label}: {text(change.after.get('value'), unit)}" + (f" (interval {known})." if known else ".")
+    verb = "went from" if change.status != "same" else "did not change clearly:"
+    joint = "to" if change.status != "same" else "→"
+    span = interval(change, unit, signed=True)
+    return (
+        f"{change.label} {verb} {text(change.before['value'], unit)} {joint} {text(change.after['value'], unit)} "
+        f"({text(change.value, unit, signed=True)}" + (f"; interval {span})." if span else ").")
+    )
+
+
+def verdict(evaluation: Mapping[str, Any]) -> Verdict:
+    """The headline and the three cards: gained on the target, kept elsewhere, calibration."""
+    if not evaluation.get("after"):
+        return Verdict("No evaluation was made: nothing can be said about what was gained or lost.")
+    chips: dict[str, dict[Status, str]] = {
+        "target": {"better": "clear gain", "same": "no clear change", "worse": "clear loss", "unknown": "not compared"},
+        "keep": {"better": "improved", "same": "kept", "worse": "forgotten in part", "unknown": "not compared"},
+        "calibration": {"better": "improved", "same": "unchanged", "worse": "worse", "unknown": "not compared"},
+    }
+    titles = {"target": "Target", "keep": "General ability", "calibration": "Calibration"}
+    absent = {
+        "target": "No test data was given, so the gain on the target is not known.",
+        "keep": "Forgetting was not measured (data.keep is empty).",
+        "calibration": "Calibration was not measured.",
+    }
+    picked = {group: _spokesman(group, changes(evaluation, group)) for group in GROUPS}
+    cards = []
+    for group, change in picked.items():
+        status: Status = change.status if change else "unknown"
+        sentence = _described(change) if change else absent[group]
+        cards.append(Card(titles[group], status, chips[group][status], change, sentence))
+    return Verdict(_headline(cards[0].status, cards[1].status), cards)
+
+
+def _spokesman(group: str, found: list[Change]) -> Change | None:
+    if group == "target":
+        return speaker(found)
+    if group == "calibration":
+        return next((c for key in ("ece_equal_mass", "ece_equal_width", "brier") for c in found if c.key == key), None)
+    # The source that lost most speaks for what was forgotten.
+    order: dict[Status, int] = {"worse": 0, "unknown": 1, "same": 2, "better": 3}
+    candidates = [c for c in found if c.key == "loss"] or ([s] if (s := speaker(found)) else [])
+
+    def harm(change: Change) -> float:
+        return (change.value or 0.0) * (-1 if change.after.get("direction") == "lower" else 1)
+
+    return min(candidates, key=lambda c: (order[c.status], harm(c)), default=None)
+
+
+def _headline(target: Status, keep: Status) -> str:
+    first = {
+        "better": "A clear gain on the target",
+        "same": "No clear gain on the target",
+        "worse": "The target got worse",
+        "unknown": "The gain on the target is not known",
+    }[target]
+    good = target == "better"
+    second = {
+        "better": ", and general ability improved too" if good else ", though general ability improved",
+        "same": ", and nothing measurable was forgotten" if good else "; nothing measurable was forgotten",
+        "worse": ", paid for with some forgetting" if good else ", and something was forgotten",
+        "unknown": "; forgetting was not measured",
+    }[keep]
+    return first + second + "."

@@ -1,0 +1,87 @@
+"""Outputs over logits that are there already, and what they share with the outputs of the log-probability head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from luthier.core.errors import LuthierError
+
+OverVocabulary = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _statistic(name: str, meaning: str) -> Any:
+    return property(lambda self: self.statistic(name), doc=f"[N] {meaning}")
+
+
+class Statistics:
+    """The statistics of ``core.protocols.Outputs``, each computed at its first use."""
+
+    target_N: torch.Tensor
+    sequence_N: torch.Tensor
+    logp_N = _statistic("logp", "log-probability of the target, in nats.")
+    entropy_N = _statistic("entropy", "entropy of the prediction, in nats; no gradient.")
+    top1_N = _statistic("top1", "int64, the most likely token or class.")
+    top1_logp_N = _statistic("top1_logp", "log-probability of the most likely token or class; no gradient.")
+    collision_N = _statistic("collision", "sum of squared probabilities; no gradient.")
+
+    def statistic(self, name: str) -> torch.Tensor:
+        """[N], one of ``STATISTICS``."""
+        raise NotImplementedError
+
+
+def layer_of(layers: Callable[[int], torch.Tensor] | None, layer: int) -> torch.Tensor:
+    """Hidden states [N, H] of a layer.
+
+    Raises:
+        LuthierError: they were not kept.
+    """
+    if layers is None:
+        raise LuthierError(f"hidden states of layer {layer} were not kept: the method's needs must say hidden=True")
+    return layers(layer)
+
+
+class LogitsOutputs(Statistics):
+    """The same interface over logits that are there already: classifiers with few classes.
+
+    Args:
+        logits_NV: logits with or without a graph.
+        target_N: int64 target of each position.
+        sequence_N: int64, which example of the batch each belongs to.
+        layers: ``layers(l) -> [N, H]`` for hidden states; -1 is what the classifier reads.
+    """
+
+    def __init__(
+        self,
+        logits_NV: torch.Tensor,
+        target_N: torch.Tensor,
+        sequence_N: torch.Tensor,
+        *,
+        layers: Callable[[int], torch.Tensor] | None = None,
+    ) -> None:
+        self.logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+        self.target_N, self.sequence_N, self._layers = target_N, sequence_N, layers
+        self._found: dict[str, torch.Tensor] = {}
+
+    def statistic(self, name: str) -> torch.Tensor:
+        if name not in self._found:
+            with torch.autocast(self.logits_NV.device.type, enabled=False):
+                log_p = torch.log_softmax(self.logits_NV if name == "logp" else self.logits_NV.detach(), -1)
+                self._found[name] = {
+                    "logp": lambda: log_p.gather(1, self.target_N[:, None]).squeeze(1),
+                    "entropy": lambda: -(log_p.exp() * log_p).sum(-1),
+                    "top1": lambda: log_p.argmax(-1),
+                    "top1_logp": lambda: log_p.amax(-1),
+                    "collision": lambda: log_p.exp().square().sum(-1),
+                }[name]()
+        return self._found[name]
+
+    def hidden(self, layer: int = -1) -> torch.Tensor:
+        """[N, H] hidden states of a layer."""
+        return layer_of(self._layers, layer)
+
+    def over_vocabulary(self, fn: OverVocabulary) -> torch.Tensor:
+        """``fn(logits_NV, index_N)`` in one call."""
+        return fn(self.logits_NV, torch.arange(len(self.target_N), device=self.target_N.device))

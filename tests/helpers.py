@@ -1,0 +1,123 @@
+"""Small models and rows for tests of the engine: no files, no network."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from luthier.engine.distributed import Processes
+from luthier.engine.optimizer import open_parameters
+from luthier.engine.session import Session
+from luthier.engine.stack import Setup, Stack
+from luthier.methods.objectives.sft import SupervisedFineTuning
+from luthier.recipe.schema import Training
+from luthier.tasks.causal_lm import CausalLM
+
+PROCESSOR = SimpleNamespace(pad_token_id=0, eos_token_id=2, bos_token_id=1, all_special_ids=[0, 1, 2])
+
+
+def tiny_llama(seed: int = 0, *, vocabulary: int = 64, tied: bool = False, dropout: float = 0.0) -> LlamaForCausalLM:
+    """A Llama of about 20k parameters."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        attention_dropout=dropout,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+class MemoryRows:
+    """Prepared rows held in memory, with the interface of ``luthier.data.prepare.Prepared``."""
+
+    task = "causal-lm"
+    labels: tuple[str, ...] = ()
+
+    def __init__(self, rows: list[tuple[list[int], list[int]]]) -> None:
+        self.ids = [np.asarray(ids, dtype=np.int32) for ids, _ in rows]
+        self.spans = [np.asarray(spans, dtype=np.int32) for _, spans in rows]
+        self.lengths = np.asarray([len(i) for i in self.ids], dtype=np.int32)
+        self.keys = [f"{index:032x}" for index in range(len(rows))]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def fetch(self, index: Any) -> dict[str, list[Any]]:
+        index = [int(i) for i in index]
+        return {
+            "input_ids": [self.ids[i] for i in index],
+            "spans": [self.spans[i] for i in index],
+            "key": [self.keys[i] for i in index],
+        }
+
+
+def random_rows(count: int = 24, *, seed: int = 0, vocabulary: int = 64) -> MemoryRows:
+    """Rows of 4 to 15 tokens, the second half supervised."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        length = int(rng.integers(4, 16))
+        ids = [1, *rng.integers(3, vocabulary, size=length - 2).tolist(), 2]
+        rows.append((ids, [length // 2, length]))
+    return MemoryRows(rows)
+
+
+class OpenAll:
+    """Full fine-tuning in six lines, so that engine tests stand on the engine alone."""
+
+    def apply(self, model: Any, ctx: Any) -> Any:
+        return model.requires_grad_(True)
+
+    def groups(self, model: Any) -> list[dict[str, Any]]:
+        return [{"params": [p for p in model.parameters() if p.requires_grad]}]
+
+    def on_grad(self, model: Any, ctx: Any) -> None: ...
+
+    def on_step(self, model: Any, ctx: Any) -> None: ...
+
+    def export(self, model: Any) -> Any:
+        return model
+
+
+def make_session(model: Any = None, *, seed: int = 0, processes: Processes | None = None, **stack: Any) -> Session:
+    """A session over a tiny Llama with plain SFT, unless told otherwise."""
+    objective = stack.pop("objective", None) or SupervisedFineTuning()
+    parameters = stack.pop("parameters", None) or [OpenAll()]
+    named = {"objective": objective, **{f"parameters#{i}": p for i, p in enumerate(parameters)}}
+    named |= {f"transform#{i}": t for i, t in enumerate(stack.get("transforms", []))}
+    if stack.get("selector"):
+        named["selector"] = stack["selector"]
+    made = Stack(objective=objective, parameters=parameters, named=named, **stack)
+    model = open_parameters(model or tiny_llama(), made, Setup(seed=seed, task="causal-lm", processor=PROCESSOR))
+    return Session(
+        model=model,
+        task=CausalLM(PROCESSOR),
+        processor=PROCESSOR,
+        stack=made,
+        processes=processes or Processes(device="cpu"),
+        seed=seed,
+        fingerprint="",
+    )
+
+
+def settings(**values: Any) -> Training:
+    """A training section with test-sized defaults."""
+    return Training(**{"learning_rate": 1e-2, "batch_rows": 8, "log_steps": 1, "warmup": 0.0, **values})
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    """Copies of all parameters."""
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
