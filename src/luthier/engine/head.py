@@ -121,8 +121,7 @@ class Head:
                 with torch.set_grad_enabled(walk.wanted):
                     loss = objective_loss(chunk, cut)
                 if loss.sum.requires_grad:
-                    if total is None:
-                        _refuse_other_leaves(loss.sum, chunk.leaves())
+                    _refuse_other_leaves(loss.sum, chunk.leaves())
                     chunk.backward(loss.sum)
                 total = _added(total, loss)
         assert total is not None
@@ -151,6 +150,7 @@ class HeadOutputs(Statistics):
         self._found: dict[str, torch.Tensor] = {}
 
     def statistic(self, name: str) -> torch.Tensor:
+        """[N], together with the declared ones that are not there yet."""
         if name not in self._found:
             names = tuple(n for n in STATISTICS if n not in self._found and (n == name or n in self._declared))
             needs = self._needs if "logp" in names else (False, False, False)
@@ -422,8 +422,10 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Any) -> Any:
         if ctx.gradients is None:
             raise LuthierError("the gradient of a positionwise loss was formed with it and can be used once only")
-        gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if g is None else g.mul_(upstream[0]) for g in gradients), None, None, None, None)
+        (value,), gradients, ctx.gradients = upstream, ctx.gradients, None
+        if value.device.type != "cpu" or value != 1:  # elsewhere the comparison would wait for the device
+            gradients = [None if g is None else g.mul_(value) for g in gradients]
+        return (*gradients, None, None, None, None)
 
 
 class _Normalised(torch.autograd.Function):

@@ -8,12 +8,14 @@ float32 (float64 for float64 logits) whatever the type of the logits.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 
 import torch
 
 from luthier.core.errors import UserError, did_you_mean, missing_extra
 
+BACKENDS = ("auto", "torch", "liger", "triton")
 STATISTICS = ("logp", "entropy", "top1", "top1_logp", "collision")
 Normalise = Callable[[torch.Tensor, torch.Tensor, Sequence[str], bool], dict[str, torch.Tensor]]
 
@@ -69,13 +71,29 @@ def normalise_torch(
     return found
 
 
-def _serves(backend: str, names: Sequence[str], served: tuple[str, ...]) -> None:
-    missing = [n for n in names if n not in served]
-    if missing:
+def normalise_liger(
+    logits_CV: torch.Tensor, target_C: torch.Tensor, names: Sequence[str], gradient: bool
+) -> dict[str, torch.Tensor]:
+    """Liger's cross-entropy kernel: the log-probability of the target and its gradient, nothing else.
+
+    Raises:
+        UserError: another statistic is asked for.
+    """
+    from liger_kernel.ops.cross_entropy import cross_entropy_forward
+
+    if unserved := [n for n in names if n != "logp"]:
         raise UserError(
-            f"training.head: the back-end '{backend}' does not compute {', '.join(missing)}; it serves "
-            f"{', '.join(served)}. Use training.head: auto or torch."
+            f"training.head: the back-end 'liger' computes logp only, and {', '.join(unserved)} is needed here. "
+            "Use training.head: auto, torch or triton."
         )
+    if not len(logits_CV):
+        return {n: logits_CV.new_empty(0, dtype=torch.float32) for n in names}
+    # The kernel returns losses in the type of the logits, and forms the gradient in place where they "require" it.
+    x_CV = logits_CV.float().detach().requires_grad_(gradient)
+    loss_C = cross_entropy_forward(x_CV, target_C, None, -100, 0.0, 0.0, "none", None, False)[0]
+    if gradient and x_CV.data_ptr() != logits_CV.data_ptr():
+        logits_CV.copy_(x_CV.detach())
+    return {n: -loss_C.detach() for n in names}
 
 
 def choose(backend: str, device: torch.device) -> Normalise:
@@ -88,12 +106,17 @@ def choose(backend: str, device: torch.device) -> Normalise:
     """
     if backend in ("auto", "torch"):
         return normalise_torch
-    if backend not in ("triton", "liger"):
-        raise UserError(
-            f"training.head: there is no back-end '{backend}'.{did_you_mean(backend, ('auto', 'torch', 'triton', 'liger'))} "
-            "Accepted: auto, torch, triton, liger."
-        )
+    if backend not in BACKENDS:
+        hint = did_you_mean(backend, BACKENDS)
+        raise UserError(f"training.head: no back-end '{backend}'.{hint} Accepted: {', '.join(BACKENDS)}.")
     package = "triton" if backend == "triton" else "liger_kernel"
     if importlib.util.find_spec(package) is None:
         raise missing_extra(package, f"training.head: {backend}", package.replace("_", "-"))
-    raise NotImplementedError
+    # Triton's interpreter runs the kernels on a CPU, slowly: for tests.
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError(f"training.head: the back-end '{backend}' needs an accelerator. Use auto or torch on a CPU.")
+    if backend == "liger":
+        return normalise_liger
+    from luthier.functional.logit_rows_triton import normalise_triton
+
+    return normalise_triton

@@ -70,7 +70,7 @@ def dump(recipe: Recipe) -> str:
     data["data"] = {**sources, **data["data"]}
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.allow_unicode = True
     yaml.width = 4096
     out = io.StringIO()

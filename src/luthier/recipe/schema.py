@@ -265,10 +265,10 @@ class Recipe(_Strict):
     decoding: MethodSpec = Field("greedy", description="how answers are generated")
     analysis: MethodList = Field(default_factory=list, description="analyses of the finished run")
     training: Annotated[Training, BeforeValidator(_section)] = Field(
-        default_factory=lambda: Training(), description="the optimiser and the step loop"
+        default_factory=lambda: Training.model_validate({}), description="the optimiser and the step loop"
     )
     evaluation: Annotated[Evaluation, BeforeValidator(_section)] = Field(
-        default_factory=lambda: Evaluation(), description="what is measured before and after training"
+        default_factory=lambda: Evaluation.model_validate({}), description="what is measured before and after training"
     )
     output: str = Field("", description="the run's folder; by default runs/<name of the recipe>")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of every random stream")

@@ -69,7 +69,7 @@ def write_manifest(
         folder: the run's folder.
         plan: the plan, for its recipe and methods.
         loaded: the opened base model (:class:`luthier.models.load.Loaded`).
-        data: JSON-able facts about the data: sources, fingerprints, numbers of rows.
+        data: the run's data (:class:`luthier.runs.setup.Data`), or JSON-able facts about it.
         more: further JSON-able entries.
 
     Returns:
@@ -97,7 +97,7 @@ def write_manifest(
                 "labels": list(loaded.labels),
                 "notes": list(loaded.notes),
             },
-            "data": dict(data or {}),
+            "data": _sources(data),
             "methods": {c.method.axis + ":" + c.method.slug: c.options for c in plan.choices()},
             "versions": versions(),
             "hardware": hardware(),

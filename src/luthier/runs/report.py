@@ -66,7 +66,7 @@ def write_report(folder: str | Path) -> Path:
 def content(folder: Path) -> dict[str, Any]:
     """What the template shows, from a run's files."""
     manifest = _optional(folder / "manifest.json")
-    evaluation = _optional(folder / "evaluation.json")
+    evaluation = judging.with_paired_changes(_optional(folder / "evaluation.json"))
     recipe = p.read_text(encoding="utf-8") if (p := folder / "recipe.yaml").is_file() else ""
     records = read_metrics(folder / "metrics.jsonl")
     samples = json.loads(p.read_text(encoding="utf-8")) if (p := folder / "samples.json").is_file() else []
@@ -77,14 +77,14 @@ def content(folder: Path) -> dict[str, Any]:
         "about": _about(manifest),
         "verdict": judging.verdict(evaluation),
         "show": judging.text,
-        "numbers": _numbers(manifest, records),
+        "numbers": _numbers(manifest, evaluation.get("training") or {}, records),
         "comparisons": [
             {"title": _TITLES[group], "rows": [_row(c) for c in found]} for group, found in compared.items() if found
         ],
         "confidence": f"{100 * float(evaluation.get('confidence') or 0.95):g} %",
         "method": (
-            "Where the same items were judged twice, changes have paired intervals; the others combine the two intervals, "
-            "which is cautious."
+            "Where the same answers were judged twice, the change has a paired interval; elsewhere the two intervals are "
+            "combined, which is cautious."
             if paired
             else "The interval of a change combines the two intervals, which is cautious when the items are the same."
         ),
@@ -154,9 +154,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _numbers(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def _numbers(
+    manifest: Mapping[str, Any], training: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, str]]:
     """The run in numbers: name and text, of those that are known."""
-    result = manifest.get("result") or {}
+    result = {**training, **(manifest.get("result") or {})}
     train = [r for r in records if r.get("split", "train") == "train"]
     found: list[tuple[str, str]] = []
     if steps := result.get("steps") or (train[-1]["step"] if train else None):
@@ -252,9 +254,8 @@ def _charts(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if key != "loss":
             points = plots.Series("evaluation", curve(evaluations, key), "eval", dots=True)
             charts.append(chart(f"Evaluation: {_curve_name(key).lower()}", points))
-    for key in keys(train):
-        if key not in ("loss", "learning_rate"):
-            charts.append(chart(_curve_name(key), plots.Series(key, curve(train, key), "fourth")))
+    others = [k for k in keys(train) if k not in ("loss", "learning_rate")]
+    charts += [chart(_curve_name(key), plots.Series(key, curve(train, key), "fourth")) for key in others]
     return [c for c in charts if c["svg"]]
 
 
@@ -287,8 +288,14 @@ def _words(value: Any) -> str:
 
 def _sections(facts: Mapping[str, Any], first: str, *, warn: bool = False) -> list[dict[str, Any]]:
     """Nested facts as sections of (name, text, whether it is a warning); plain values come first under ``first``."""
-    plain = {k: v for k, v in facts.items() if not isinstance(v, Mapping)}
-    groups = {first: plain, **{_fact_name(k): v for k, v in facts.items() if isinstance(v, Mapping)}}
+    groups: dict[str, Any] = {first: {}}
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            groups[_fact_name(key)] = value
+        elif isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
+            groups |= {f"{_fact_name(key)}: {v.get('name', i)}": v for i, v in enumerate(value, 1)}
+        else:
+            groups[first][key] = value
     sections = []
     for title, group in groups.items():
         rows = []

@@ -14,12 +14,15 @@ from typing import Any, Literal
 
 Status = Literal["better", "worse", "same", "unknown"]
 GROUPS = ("target", "keep", "calibration")
+# The metric of a verifier's judgements.
+SCORE = "score"
 _NAMES = {
     "loss": "Loss",
     "perplexity": "Perplexity",
     "token_accuracy": "Token accuracy",
     "accuracy": "Accuracy",
     "mean_probability": "Mean probability of the target",
+    "score": "Answers judged right",
     "exact": "Exact match",
     "exact_match": "Exact match",
     "numeric": "Numeric match",
@@ -172,6 +175,23 @@ def compare(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any
         up = after.get("direction") == "higher"
         status = "same" if low <= 0 <= high else "better" if (value > 0) == up else "worse"
     return Change(name, before, after, value, low, high, bool(paired), status)
+
+
+def with_paired_changes(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The evaluation with ``change`` computed from the judged items, where both sides have them for the same rows."""
+    from luthier.evaluation.suite import compare_items
+
+    before, after = ((evaluation.get(k) or {}).get("items") or {} for k in ("before", "after"))
+    change: dict[str, dict[str, Any]] = {}
+    for source, new in after.items():
+        old = before.get(source) or []
+        if new and [i["row"] for i in old] == [i["row"] for i in new]:
+            group = "target" if source == "target" else "keep"
+            scored = flatten((evaluation["after"]).get(group) or {})
+            name = next((n for n in (f"{source}: {SCORE}", SCORE) if n in scored), None)
+            if name:
+                change.setdefault(group, {})[name] = compare_items(old, new)
+    return {**evaluation, "change": {**change, **(evaluation.get("change") or {})}}
 
 
 def changes(evaluation: Mapping[str, Any], group: str) -> list[Change]:

@@ -66,6 +66,7 @@ class LogitsOutputs(Statistics):
         self._found: dict[str, torch.Tensor] = {}
 
     def statistic(self, name: str) -> torch.Tensor:
+        """[N], float32; of ``logp`` with the graph of the logits."""
         if name not in self._found:
             with torch.autocast(self.logits_NV.device.type, enabled=False):
                 log_p = torch.log_softmax(self.logits_NV if name == "logp" else self.logits_NV.detach(), -1)

@@ -124,7 +124,7 @@ class BeyondLogLikelihood:
         return Needs(
             statistics=("logp",),
             positionwise=not self.micro_mean,
-            fixed_weight=not self.thresholded or self.denominator == "all" or self.micro_mean,
+            fixed_weight=not self.micro_mean and (not self.thresholded or self.denominator == "all"),
         )
 
     def prepare(self, ctx: Context, dataset: Any) -> None:

@@ -2,7 +2,7 @@
 
     theta <- theta - step(grad L(theta))   for all of theta
 
-The reference every other parameter space is compared with. Biases, norms and other vectors get no weight decay.
+The reference every other parameter space is compared with.
 
 Example::
 
@@ -17,7 +17,6 @@ import torch
 
 from luthier.core.protocols import Context
 from luthier.core.registry import parameters
-from luthier.functional.parameter_groups import decay_groups
 
 
 @parameters("full", identity={})
@@ -32,8 +31,8 @@ class Full:
         return model
 
     def groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
-        """Matrices with weight decay, vectors without."""
-        return decay_groups(model.named_parameters())
+        """One group of everything that was opened."""
+        return [{"params": [p for p in model.parameters() if p.requires_grad]}]
 
     def on_grad(self, model: torch.nn.Module, ctx: Context) -> None:
         """Nothing to do."""

@@ -32,7 +32,6 @@ from luthier.core.protocols import Context
 from luthier.core.registry import parameters
 from luthier.core.rng import stream
 from luthier.functional import tensor_selection as selection
-from luthier.functional.parameter_groups import decay_groups
 from luthier.functional.tensor_selection import Fused, Unit
 
 FIXED = ("attention", "ffn", "lower", "upper", "alternate")
@@ -96,15 +95,14 @@ class HalfFineTuning:
         self.fraction, self.level, self.resample, self.balance = fraction, level, resample, balance
         self.embeddings, self.final_norm, self.split_fused = embeddings, final_norm, split_fused
         self.mask_seed, self.fixed_selection = mask_seed, fixed_selection
-        # True after the choice changed within a run: the engine then asks for `groups` again, drops the optimiser state
-        # of tensors no longer listed, starts that of new ones afresh, and sets it back.
-        self.regroup = False
         self._model: torch.nn.Module | None = None
         self._units: list[Unit] = []
         self._fused: dict[str, Fused] = {}
         self._chosen: set[str] = set()
         self._masks: dict[str, torch.Tensor] = {}
         self._kept: dict[str, torch.Tensor] = {}
+        self._left: set[str] = set()
+        self._shares: dict[str, float] = {}
         self._seed, self._stage, self._round, self._steps = 0, 0, 0, 0
 
     # -- the extension point
@@ -121,21 +119,18 @@ class HalfFineTuning:
                 "half-ft: found no transformer blocks (a numbered list of modules with attention matrices) in "
                 f"{type(model).__name__}; its tensors begin with {first}. Use 'full' for this model."
             )
+        if self.resample == "epoch" or self.resample.startswith("steps:"):
+            self._refuse_many()
         self._seed = ctx.seed if self.mask_seed is None else self.mask_seed
         # Procedures number their training stages; a single run is stage 0.
         self._stage = 0 if self.resample == "never" else int(getattr(ctx, "stage", 0))
-        self._round, self._steps = 0, 0
+        self._round, self._steps, self._left = 0, 0, set()
         self._choose()
-        report = self.trained_tensors()
-        ctx.log(
-            trainable_share=report["trainable_share"],
-            **{f"trainable_share_{name}": share for name, share in report["share_by_category"].items()},
-        )
         return model
 
     def groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
-        """Opened tensors only: matrices with weight decay, vectors without."""
-        return decay_groups(model.named_parameters())
+        """Opened tensors only, so that frozen ones have neither weight decay nor optimiser state."""
+        return [{"params": [p for p in model.parameters() if p.requires_grad]}]
 
     def on_grad(self, model: torch.nn.Module, ctx: Context) -> None:
         """Clear the gradient of entries that are held, and remember their values."""
@@ -161,6 +156,7 @@ class HalfFineTuning:
                 parameter = named[name]
                 parameter.copy_(torch.where(self._mask(name, parameter), parameter, before))
             self._kept = {}
+        ctx.log(**self._shares)
         self._steps += 1
         due = self._round
         if self.resample == "epoch":
@@ -168,13 +164,16 @@ class HalfFineTuning:
         elif self.resample.startswith("steps:"):
             due = self._steps // int(self.resample.split(":")[1])
         if due != self._round:
+            trained = {n for n, p in model.named_parameters() if p.requires_grad}
             self._round = due
             self._choose()
-            self.regroup = True
+            self._left = (self._left | trained) - {n for n, p in model.named_parameters() if p.requires_grad}
 
     def state(self) -> dict[str, Any]:
-        """Settings, position and the chosen units."""
+        """Settings, position, the chosen units, and the tensors that an earlier choice trained and this one does not."""
+        named = dict(self._applied().named_parameters()) if self._left else {}
         return {
+            "left": {name: named[name].detach() for name in sorted(self._left)},
             "settings": self._settings(),
             "stage": self._stage,
             "round": self._round,
@@ -194,12 +193,15 @@ class HalfFineTuning:
                     f"half-ft: the checkpoint was trained with {key} = {state['settings'].get(key)!r}, this recipe says "
                     f"{value!r}. Resume with the same options, or start a new run."
                 )
-        before = set(self._chosen)
         self._stage, self._round, self._steps = int(state["stage"]), int(state["round"]), int(state["steps"])
         self._choose()
         if sorted(self._chosen) != list(state["chosen"]):
             raise UserError("half-ft: the checkpoint's trained tensors do not fit this model; resume the same model.")
-        self.regroup = self._chosen != before
+        named = dict(self._applied().named_parameters())
+        self._left = set(state["left"])
+        with torch.no_grad():
+            for name, value in state["left"].items():
+                named[name].copy_(value)
 
     def export(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model itself: an ordinary checkpoint."""
@@ -226,6 +228,15 @@ class HalfFineTuning:
         }
 
     # -- the choice
+
+    def _refuse_many(self) -> None:
+        # DDP and FSDP fix the set of tensors they synchronise when they wrap the model.
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            raise UserError(
+                f"half-ft: resample: {self.resample} changes what is trained within a run, which several processes "
+                "cannot follow. Use resample: stage or never."
+            )
 
     def _settings(self) -> dict[str, Any]:
         names = ("fraction", "level", "resample", "balance", "embeddings", "final_norm", "split_fused")
@@ -291,6 +302,9 @@ class HalfFineTuning:
             elif self.level == "element" and self.fraction < 1:
                 generator = stream(self._seed, "init", "half-ft", self._stage, self._round, name)
                 self._masks[name] = torch.rand(parameter.shape, generator=generator) < self.fraction
+        report = self.trained_tensors()
+        self._shares = {"trainable_share": report["trainable_share"]}
+        self._shares |= {f"trainable_share_{name}": share for name, share in report["share_by_category"].items()}
 
     def _rows_mask(self, chosen: list[Unit], parameter: torch.Tensor) -> torch.Tensor:
         """A mask that broadcasts over the tensor: true on the rows of the chosen parts."""

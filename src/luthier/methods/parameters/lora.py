@@ -28,7 +28,6 @@ from pydantic import Field
 from luthier.core.errors import UserError, did_you_mean
 from luthier.core.protocols import Context
 from luthier.core.registry import parameters
-from luthier.functional.parameter_groups import decay_groups
 from luthier.functional.tensor_selection import block_units
 
 _TASK_TYPES = {
@@ -96,8 +95,10 @@ class LowRankAdaptation:
             return peft.get_peft_model(model, config)
 
     def groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
-        """Adapter matrices with weight decay, vectors (norms of dora, biases of a head) without."""
-        return decay_groups(model.named_parameters())
+        """The adapter's matrices, the row norms of dora and the head."""
+        own = ("lora_", "modules_to_save")
+        opened = [p for n, p in model.named_parameters() if p.requires_grad and any(part in n for part in own)]
+        return [{"params": opened}]
 
     def on_grad(self, model: torch.nn.Module, ctx: Context) -> None:
         """Nothing to do."""

@@ -137,7 +137,8 @@ class MaskedThought:
 
     def __call__(self, batch: Batch, ctx: Context) -> Batch:
         """The batch with corrupted input ids; labels, weights, lengths and padding as they were."""
-        rate = self.rate(ctx, batch.examples)
+        # A batch of weight 0 only fills a place where other processes still have rows.
+        rate = self.rate(ctx, batch.examples if bool(batch.weight_N.any()) else 0)
         if rate == 0.0:
             return batch
         if batch.adjustable_BT is None or batch.supervised_BT is None:

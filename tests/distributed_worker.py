@@ -1,0 +1,37 @@
+"""One rank of a two-process run: ``python distributed_worker.py '<json>'`` with the usual torchrun environment."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from helpers import make_session, random_rows, settings, tiny_llama
+from safetensors.torch import save_file
+
+from luthier.engine.distributed import Processes
+from luthier.engine.loop import Trainer
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    processes = Processes(job["sharding"], device="cpu")
+    session = make_session(tiny_llama(tied=job.get("tied", False)), processes=processes)
+    folder = Path(job["folder"])
+
+    def kill(event: str, values: dict) -> None:
+        if event in ("step", "tick") and values["step"] == job.get("stop"):
+            raise SystemExit(7)
+
+    trainer = Trainer(session, random_rows(20), settings(**job["training"]), folder=folder, observe=kill)
+    trainer.run(resume=job.get("resume", False))
+    whole = {n: processes.whole(p.detach()).contiguous() for n, p in session.model.named_parameters()}
+    if processes.main:
+        save_file(whole, folder / "final.safetensors")
+    processes.barrier()
+    torch.distributed.destroy_process_group()
+
+
+main()
