@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,19 @@ from luthier.methods.objectives.sft import SupervisedFineTuning
 from luthier.recipe.schema import Training
 from luthier.tasks.causal_lm import CausalLM
 
-PROCESSOR = SimpleNamespace(pad_token_id=0, eos_token_id=2, bos_token_id=1, all_special_ids=[0, 1, 2])
+
+
+class TinyProcessor:
+    """What the engine and the methods read of a tokenizer."""
+
+    pad_token_id, bos_token_id, eos_token_id, mask_token_id = 0, 1, 2, None
+    all_special_ids = [0, 1, 2]
+
+    def __len__(self) -> int:
+        return 64
+
+
+PROCESSOR = TinyProcessor()
 
 
 def tiny_llama(seed: int = 0, *, vocabulary: int = 64, tied: bool = False, dropout: float = 0.0) -> LlamaForCausalLM:

@@ -61,7 +61,11 @@ def test_output_takes_the_folder_of_a_nameless_file(tmp_path):
 @pytest.mark.parametrize(
     ("line", "number", "words"),
     [
-        ("training: {epoch: 2}", 5, ["training.epoch", "unknown key", "Did you mean 'epochs'?", "Accepted: epochs, max"]),
+        (
+            "training: {epoch: 2}",
+            5,
+            ["training.epoch", "unknown key", "Did you mean 'epochs'?", "Accepted: epochs, max"],
+        ),
         ("trainign: {}", 5, ["trainign", "Did you mean 'training'?"]),
         ("num_train_epochs: 3", 5, ["'training.epochs'"]),
         ("epochs: 3", 5, ["Did you mean 'training.epochs'?"]),
@@ -74,8 +78,12 @@ def test_output_takes_the_folder_of_a_nameless_file(tmp_path):
         ("training:\n  packing: yes", 6, ["true or false", "YAML 1.2"]),
         ("training:\n  warmup: 1.5", 6, ["share below 1 or a whole number of steps"]),
         ("training:\n  sharding: zero3", 6, ["'zero3' is not accepted", "Accepted: none, ddp, fsdp2"]),
-        ("training: {batch_rows: 4, batch_tokens: 99}", 5, ["batch_rows and batch_tokens exclude each other"]),
-        ("training: {early_stopping: {}}", 1, ["early_stopping", "data.test"]),
+        (
+            "training: {batch_rows: 4, batch_tokens: 99}",
+            5,
+            ["training.batch_tokens: batch_rows and batch_tokens exclude each other"],
+        ),
+        ("seed: 1\ntraining: {early_stopping: {}}", 6, ["training.early_stopping: watches the loss on data.test"]),
         ("training: 3", 5, ["training: must be a mapping of keys to values, not 3"]),
         ("evaluation: {generate: maybe}", 5, ["evaluation.generate", "Accepted: auto, true, false"]),
         ("seed: -1", 5, ["seed: must be at least 0, not -1"]),
@@ -224,16 +232,26 @@ def test_paths_fall_back_to_the_folder_of_the_recipe(tmp_path, monkeypatch):
     "extra",
     [
         {},
-        {"training": {"batch_tokens": 512, "max_grad_norm": None, "early_stopping": {"patience": 2}, "learning_rate": 1e-8}},
+        {
+            "training": {
+                "batch_tokens": 512,
+                "max_grad_norm": None,
+                "early_stopping": {"patience": 2},
+                "learning_rate": 1e-8,
+            }
+        },
         {"data": {"train": ["a.txt", "b.txt"], "keep": "none", "test": "lab:text", "system": "be: 'brief' é\nplease"}},
-        {"objective": [{"sft": {}, "weight": 0.5}, {"anchored-sft": {"kind": "no", "x": [1, 2.0]}}], "selection": "loss-top-k"},
+        {
+            "objective": [{"sft": {}, "weight": 0.5}, {"anchored-sft": {"kind": "no", "x": [1, 2.0]}}],
+            "selection": "loss-top-k",
+        },
     ],
 )
 def test_dump_loads_to_the_same_recipe(tmp_path, extra):
     data = {"train": "lab:arithmetic", "test": "lab:arithmetic"} | extra.pop("data", {})
     recipe = load({"model": {"id": "lab:nano", "dtype": "float32"}, "data": data, **extra})
     again = load(write(tmp_path, dump(recipe)))
-    assert again == recipe
+    assert again.model_dump() == recipe.model_dump()
     assert list(again.model_dump())[:3] == ["luthier", "model", "data"]
     assert dump(recipe).startswith("luthier: 1\nmodel:\n  id: lab:nano\n")
 

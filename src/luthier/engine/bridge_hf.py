@@ -64,8 +64,9 @@ class BridgeTrainer(Trainer):
     def _collate(self, index_B: Sequence[int]) -> dict[str, Any]:
         columns = self.session.stack.needs.columns
         batch = self.session.task.collate(self.data.fetch(list(index_B)), index_B, columns)
-        # transformers counts the supervised positions of a step in "labels".
-        return {"batch": batch, "labels": batch.target_N}
+        # transformers counts the labels of a step that are not -100, leaving out the first of a row.
+        nothing = torch.full((1,), -100)
+        return {"batch": batch, "labels": torch.cat([nothing, batch.target_N])}
 
     def compute_loss(
         self,

@@ -454,7 +454,7 @@ class _Normalised(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Any) -> Any:
         hidden, weight, bias, target_N, kept = ctx.saved_tensors
         walk = _Walk(ctx.head, hidden, weight, bias, ctx.needs_input_grad[:3], ctx.kind)
-        buffer = None if kept is not None else walk.buffer(walk.size)
+        buffer = walk.buffer(0 if kept is not None else walk.size)
         factor_N = -upstream[ctx.names.index("logp")]
         for part in walk.parts():
             if kept is not None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from luthier.core.errors import LuthierError
@@ -134,22 +135,35 @@ class Trainer:
 
     # -- one step
 
-    def _micro_batches(self, rows: Any) -> Iterator[Batch]:
+    def _select(self, rows: np.ndarray) -> tuple[np.ndarray, torch.Tensor | None]:
+        """The rows of a step that online selection keeps, and their weights.
+
+        Every rank scores all offered rows, so the choice depends neither on the accumulation nor on the processes.
+        """
+        session = self.session
+        if session.stack.selector is None:
+            return rows, None
+        session.micro = 0
+        batch = session.task.collate(self.data.fetch(rows), rows, session.stack.needs.columns)
+        index_b, weight_b = session.stack.selector.select(session.to_device(batch), session)
+        return rows[index_b.cpu().numpy()], weight_b
+
+    def _micro_batches(self, offered: np.ndarray) -> Iterator[Batch]:
         """This rank's micro-batches of a step, selected and transformed."""
         session, world = self.session, self.session.processes.world
-        pieces = split(rows, self.order.lengths, self.training.accumulation * world)
+        rows, weight_b = self._select(offered)
+        pieces = split(np.arange(len(rows)), self.order.lengths[rows], self.training.accumulation * world)
         for micro in range(self.training.accumulation):
             session.micro = micro
             piece = pieces[micro * world + session.processes.rank]
             empty = len(piece) == 0
-            index_B = rows[:1] if empty else piece
+            index_B = rows[:1] if empty else rows[piece]
             batch = session.task.collate(self.data.fetch(index_B), index_B, session.stack.needs.columns)
             batch = session.to_device(batch)
             if empty:  # every rank must take part in every backward pass
                 batch = batch.with_weights(torch.zeros_like(batch.weight_N))
-            if session.stack.selector is not None:
-                index_b, weight_b = session.stack.selector.select(batch, session)
-                batch = batch.take(index_b, weight_b)
+            elif weight_b is not None:
+                batch = batch.with_weights(batch.weight_N * weight_b.to(batch.weight_N)[piece][batch.sequence_N])
             for transform in session.stack.transforms:
                 batch = transform(batch, session)
             yield batch

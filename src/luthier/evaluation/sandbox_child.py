@@ -16,7 +16,6 @@ one of two, as told:
 import builtins
 import ctypes
 import errno
-import gc
 import json
 import operator
 import os
@@ -27,6 +26,7 @@ import sys
 import traceback
 import types
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 
 _X86 = platform.machine() == "x86_64"
@@ -126,7 +126,8 @@ def enter_namespaces(settings):
                 pass
         _mount(path, target, None, _MS_BIND | _MS_REC)
         _syscall("mount_setattr", _MOUNT_SETATTR, -100, os.fsencode(target), 0x8000, read_only, len(read_only))
-    os.mkdir(f"{root}/tmp", 0o700)
+    os.makedirs(f"{root}/tmp", exist_ok=True)
+    os.chmod(f"{root}/tmp", 0o700)
     # A user id of its own makes the limit on processes count, and leaves no right of root's.
     own = 0x70000000 + os.getpid() if uid == 0 else uid
     os.chown(f"{root}/tmp", own, own if uid == 0 else gid)
@@ -242,7 +243,7 @@ def prove(settings, parent):
 
     outside = os.path.join(settings["outside"], "probe")
     flags = os.O_CREAT | os.O_WRONLY
-    attempts = {
+    attempts: dict[str, Callable[[], object]] = {
         "the network": partial(_socket.socket, _socket.AF_INET, _socket.SOCK_STREAM),
         "local sockets": partial(_socket.socket, _socket.AF_UNIX, _socket.SOCK_STREAM),
         "new processes": fork,
@@ -250,7 +251,7 @@ def prove(settings, parent):
         "signals to the parent": partial(os.kill, parent, 0),
         "files outside": partial(os.open, outside, flags),
         "folders outside": partial(os.listdir, settings["outside"]),
-        "changes to the library": partial(os.open, os.path.join(settings["readable"][0], "probe"), flags),
+        "changes to the library": partial(os.open, os.path.join(settings["library"], "probe"), flags),
     }
     for wall, attempt in attempts.items():
         try:
@@ -263,12 +264,15 @@ def prove(settings, parent):
             raise RuntimeError(f"the limit RLIMIT_{name} does not hold")
 
 
-def confine(settings, parent):
-    """Close all walls in order and prove them closed."""
+def confine(settings, parent, nothing):
+    """Close all walls in order and prove them closed; ``nothing`` is a descriptor this process opened itself."""
     for name in os.listdir("/proc/self/fd"):
-        if int(name) not in (0, 1, 2, settings["verdict"]) and os.path.exists(f"/proc/self/fd/{name}"):
+        if int(name) not in (0, 1, 2, nothing, settings["verdict"]) and os.path.exists(f"/proc/self/fd/{name}"):
             raise RuntimeError(f"file descriptor {name} was inherited")
-    {"namespaces": enter_namespaces, "landlock": enter_landlock}[settings["wall"]](settings)
+    if settings["wall"] == "namespaces":
+        enter_namespaces(settings)
+    else:
+        enter_landlock(settings)
     drop_capabilities()
     # After the change of user, which clears it: when the parent dies, so does this process.
     _call("prctl", _libc.prctl(1, 9, 0, 0, 0))
@@ -284,13 +288,13 @@ _WATCHED = frozenset({"gc.get_objects", "gc.get_referrers", "gc.get_referents", 
 _WATCHED_MODULES = frozenset({"ctypes", "_ctypes", "_ctypes_test", "_testcapi", "_testinternalcapi"})
 
 
-def watch(event, arguments, *, events=_WATCHED, modules=_WATCHED_MODULES):
+def watch(event, arguments, *, events=_WATCHED, modules=_WATCHED_MODULES, split=str.rpartition):
     """Audit hook: refuse what lets code look into the process that judges it."""
-    if event in events or (event == "import" and arguments[0] in modules):
+    if event in events or (event == "import" and split(arguments[0], ".")[2] in modules):
         raise RuntimeError("not allowed in the sandbox")
 
 
-def steps(work):
+def steps(work, verdict):
     """The calls to make in order: the solution, the built-ins put back, the tests, and last the nonce to the parent.
 
     They are C callables that no variable names while they run, so the code under test has no frame in which to find
@@ -298,17 +302,27 @@ def steps(work):
     """
     module = types.ModuleType("solution")
     sys.modules["solution"] = module
-    solution = compile(work["code"], "<solution>", "exec", dont_inherit=True)
-    tests = compile(work["tests"], "<tests>", "exec", dont_inherit=True)
+    solution = compile(work.pop("code"), "<solution>", "exec", dont_inherit=True)
+    tests = compile(work.pop("tests"), "<tests>", "exec", dont_inherit=True)
     return [
         partial(exec, solution, module.__dict__),
         partial(vars(builtins).update, dict(vars(builtins))),
         partial(exec, tests, module.__dict__),
-        partial(os.write, work["verdict"], work["nonce"].encode()),
+        partial(os.write, verdict, work.pop("nonce").encode()),
     ]
 
 
-def receive():
+def read_line():
+    """The settings, byte by byte, so that nothing of what follows them is taken."""
+    line = b""
+    while not line.endswith(b"\n"):
+        if not (byte := os.read(0, 1)):
+            os._exit(2)
+        line += byte
+    return json.loads(line)
+
+
+def read_rest():
     """Everything up to the end of standard input, by the call itself: no buffer keeps a copy."""
     parts = []
     while part := os.read(0, 1 << 16):
@@ -317,44 +331,34 @@ def receive():
 
 
 def main():
-    """Confine, report, receive, run; the exit status tells the parent nothing it relies on."""
-    parent = os.getppid()
-    line = b""
-    while not line.endswith(b"\n"):
-        byte = os.read(0, 1)
-        if not byte:
-            os._exit(2)
-        line += byte
-    settings = json.loads(line)
+    """Confine, report, receive, run. The exit status says nothing the parent relies on."""
+    parent, leave, show = os.getppid(), os._exit, partial(traceback.print_exception, limit=-3)
+    settings = read_line()
     nothing = os.open("/dev/null", os.O_RDONLY)
     try:
         confine(settings, parent, nothing)
     except (OSError, RuntimeError) as error:
         os.write(settings["verdict"], f"refused: {error}\n".encode())
-        os._exit(2)
+        leave(2)
     os.write(settings["verdict"], b"ready\n")
-    status, end = 1, os._exit
-    work = {**receive(), "verdict": settings["verdict"]}
+    work = read_rest()
     os.dup2(nothing, 0)
     os.close(nothing)
     sys.argv[:] = ["solution"]
-    sys.path[:] = [entry for entry in sys.path if entry != os.path.dirname(os.path.abspath(__file__))]
-    show = partial(traceback.print_exception, limit=-3)
-    gc.collect()
     sys.addaudithook(watch)
+    for name in ("ctypes", "_libc"):
+        del globals()[name]
     for name in _WATCHED_MODULES:
         sys.modules.pop(name, None)
+    status = 1
     try:
-        calls = steps(work)
-        work.clear()
-        del work
-        deque(map(operator.call, _last_reference([calls.pop(0) for _ in range(len(calls))])), maxlen=0)
+        deque(map(operator.call, steps(work, settings["verdict"])), maxlen=0)
         status = 0
     except BaseException as error:
         show(error)
     sys.stdout.flush()
     sys.stderr.flush()
-    end(status)
+    leave(status)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def choose(backend: str, device: torch.device) -> Normalise:
         raise UserError(f"training.head: no back-end '{backend}'.{hint} Accepted: {', '.join(BACKENDS)}.")
     package = "triton" if backend == "triton" else "liger_kernel"
     if importlib.util.find_spec(package) is None:
-        raise missing_extra(package, f"training.head: {backend}", package.replace("_", "-"))
+        raise missing_extra(package, f"training.head: {backend}", "luthier[liger]" if backend == "liger" else "triton")
     # Triton's interpreter runs the kernels on a CPU, slowly: for tests.
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError(f"training.head: the back-end '{backend}' needs an accelerator. Use auto or torch on a CPU.")

@@ -1,7 +1,7 @@
 """The rows of logits in one Triton kernel: all statistics in one read, the gradient in a second pass in place.
 
 One program per row, the online form of log-sum-exp: with running maximum m, ``d = sum e^(x-m)``,
-``a = sum e^(x-m) x`` and ``q = sum e^(2(x-m))`` give ``lse = m + log d``, entropy ``lse - a/d`` and collision ``q/d^2``.
+``a = sum e^(x-m) x`` and ``q = sum e^(2(x-m))``: ``lse = m + log d``, entropy ``lse - a/d``, collision ``q/d^2``.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ _WORDINGS = {
 }
 # Largest first and second operand by difficulty, and the smallest of both.
 _SIZES = {
-    "add": {1: (20, 9, 0), 2: (99, 99, 10), 3: (999, 999, 100)},
+    "add": {1: (9, 9, 0), 2: (99, 99, 10), 3: (999, 999, 100)},
     "multiply": {1: (9, 9, 1), 2: (9, 99, 2), 3: (99, 99, 10)},
-    "chain": {1: (20, 9, 1), 2: (50, 20, 1), 3: (99, 99, 1)},
+    "chain": {1: (9, 9, 1), 2: (50, 20, 1), 3: (99, 99, 1)},
 }
 _SIZES["subtract"] = _SIZES["add"]
 _NUMBER = re.compile(r"-?\d+")

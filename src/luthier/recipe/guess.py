@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from luthier.models.info import ModelInfo
 
 SAMPLE = 500
+# Blocks read after the first to count the rows, or to estimate how many there are.
+BLOCKS = 3
 COMMENT_COLUMN = 40
 
 
@@ -119,9 +121,12 @@ def look(data: str) -> Rows:
         raise reject.error() if reject else UserError("holds no row.", where=data)
     batch = first.rows[:SAMPLE] if isinstance(first.rows, list) else first.rows.slice(0, SAMPLE).to_pylist()
     columns = list({column: None for row in batch for column in row})
-    if next(blocks, None) is None:
-        return Rows(batch, columns, total, True)
-    count = round(total * source.size / first.position) if source.size and first.position else None
+    read_on = [(len(block.rows), block.position) for block in islice(blocks, BLOCKS)]
+    if len(read_on) < BLOCKS:
+        return Rows(batch, columns, total + sum(n for n, _ in read_on), True)
+    # Reading is a block ahead of what it gives, so only differences of positions tell bytes per row.
+    span = read_on[-1][1] - first.position
+    count = round(sum(n for n, _ in read_on) * source.size / span) if source.size and span > 0 else None
     return Rows(batch, columns, count, False)
 
 

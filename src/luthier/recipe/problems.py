@@ -138,7 +138,7 @@ def explain(
     problems = []
     for item in error.errors(include_url=False):
         kind = item["type"]
-        inside = tuple(item["loc"])
+        inside = (*item["loc"], *item.get("ctx", {}).get("key", ()))
         if kind not in {"missing", "extra_forbidden"}:
             while inside and not known((*prefix, *inside)):
                 inside = inside[:-1]
@@ -202,7 +202,8 @@ def _unknown_key(key: str, model: type[BaseModel] | None, *, top: bool) -> str:
 
 
 def _not_accepted(given: Any, expected: str) -> str:
-    words = [w.strip().strip("'") for w in expected.replace(" or ", ", ").split(",")]
+    words = [w.strip() for w in expected.replace(" or ", ", ").split(",")]
+    words = [{"True": "true", "False": "false", "None": "null"}.get(w, w.strip("'")) for w in words]
     return f"{_shown(given)} is not accepted.{did_you_mean(str(given), words)} Accepted: {', '.join(words)}."
 
 

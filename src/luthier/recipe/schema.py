@@ -20,9 +20,10 @@ TASKS: tuple[str, ...] = get_args(Task)
 KeyPath = tuple[str | int, ...]
 
 
-def _problem(text: str) -> PydanticCustomError:
+def _problem(text: str, *key: str) -> PydanticCustomError:
+    """The error of a validator; ``key`` is the path to blame, below the validated value."""
     # Braces are the template syntax of pydantic's messages, so the text goes in as a value.
-    return PydanticCustomError("recipe", "{text}", {"text": text})
+    return PydanticCustomError("recipe", "{text}", {"text": text, "key": key})
 
 
 def _method(value: Any) -> Any:
@@ -221,7 +222,7 @@ class Training(_Strict):
     @model_validator(mode="after")
     def _one_batch_size(self) -> Training:
         if self.batch_rows is not None and self.batch_tokens is not None:
-            raise _problem("batch_rows and batch_tokens exclude each other; keep one")
+            raise _problem("batch_rows and batch_tokens exclude each other; keep one", "batch_tokens")
         if self.batch_rows is None and self.batch_tokens is None:
             self.batch_rows = 16
         return self
@@ -280,7 +281,7 @@ class Recipe(_Strict):
     @model_validator(mode="after")
     def _stopping_needs_rows(self) -> Recipe:
         if self.training.early_stopping and self.data.test is None:
-            raise _problem("training.early_stopping watches the loss on data.test, which is not set")
+            raise _problem("watches the loss on data.test, which is not set", "training", "early_stopping")
         return self
 
     @property

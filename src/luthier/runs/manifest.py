@@ -60,9 +60,23 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def write_manifest(
-    folder: str | Path, plan: Any, loaded: Any, data: Mapping[str, Any] | None = None, **more: Any
-) -> Path:
+def _sources(data: Any) -> dict[str, Any]:
+    """Facts that tell the data of a run apart from any other: by source its rows and content hash."""
+    if data is None or isinstance(data, Mapping):
+        return dict(data or {})
+    sources = {"train": data.train, "test": data.test, **{f"keep: {s.name}": s for s in data.keep}}
+    return {
+        name: {
+            "layout": str(source.rows.layout),
+            "rows": len(source.prepared),
+            "fingerprint": source.rows.fingerprint,
+        }
+        for name, source in sources.items()
+        if source is not None
+    }
+
+
+def write_manifest(folder: str | Path, plan: Any, loaded: Any, data: Any = None, **more: Any) -> Path:
     """Write the manifest at the start of a run.
 
     Args:

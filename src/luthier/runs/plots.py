@@ -46,14 +46,15 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def tick_text(value: float) -> str:
-    """A short number: ``12k``, ``0.25``, ``2e-5``."""
+    """A short number: ``12k``, ``0.25``, ``1.5e-4``."""
     size = abs(value)
     if size >= 1e6:
         return f"{value / 1e6:g}M"
     if size >= 1e4:
         return f"{value / 1e3:g}k"
     if 0 < size < 1e-3:
-        return f"{value:.2g}".replace("e-0", "e-")
+        digits, _, power = f"{value:.2e}".partition("e")
+        return f"{float(digits):g}e{int(power)}"
     return f"{value:.4g}"
 
 
@@ -94,7 +95,7 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str = "step", f
     xs = [p[0] for _, points in curves for p in points]
     low, high = _range([y for _, points in curves for p in points for y in p[2:]])
     y_ticks = nice_ticks(min(low, 0.0) if from_zero else low, high)
-    x_ticks = [t for t in nice_ticks(min(xs), max(xs)) if min(xs) <= t <= max(xs)] or [xs[0]]
+    x_ticks = [t for t in nice_ticks(min(xs), max(xs), 6) if min(xs) <= t <= max(xs)] or [xs[0]]
     x0, x1, y0, y1 = min(xs), max(xs), y_ticks[0], y_ticks[-1]
 
     def at(x: float, y: float) -> tuple[float, float]:

@@ -77,14 +77,15 @@ def content(folder: Path) -> dict[str, Any]:
         "about": _about(manifest),
         "verdict": judging.verdict(evaluation),
         "show": judging.text,
+        "bare": judging.bare,
         "numbers": _numbers(manifest, evaluation.get("training") or {}, records),
         "comparisons": [
             {"title": _TITLES[group], "rows": [_row(c) for c in found]} for group, found in compared.items() if found
         ],
         "confidence": f"{100 * float(evaluation.get('confidence') or 0.95):g} %",
         "method": (
-            "Where the same answers were judged twice, the change has a paired interval; elsewhere the two intervals are "
-            "combined, which is cautious."
+            "Where the same answers were judged twice, the change has a paired interval; elsewhere the two intervals "
+            "are combined, which is cautious."
             if paired
             else "The interval of a change combines the two intervals, which is cautious when the items are the same."
         ),
@@ -307,14 +308,21 @@ def _sections(facts: Mapping[str, Any], first: str, *, warn: bool = False) -> li
     return sections
 
 
-def _leaves(group: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in group.items():
-        if isinstance(value, Mapping) and value:
-            found += _leaves(value, f"{prefix}{_fact_name(key)}: ")
-        else:
-            found.append((prefix + _fact_name(key) if not prefix else prefix + str(key).replace("_", " "), value))
-    return found
+def _leaves(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """(name, value) of everything that says something; ``read`` and ``prepared`` are named only where names clash."""
+    paths: list[tuple[tuple[str, ...], Any]] = []
+
+    def walk(part: Mapping[str, Any], path: tuple[str, ...]) -> None:
+        for key, value in part.items():
+            if isinstance(value, Mapping):
+                walk(value, (*path, str(key)))
+            elif value is not None and value not in ("", []):
+                paths.append(((*path, str(key)), value))
+
+    walk(group, ())
+    short = [path[1:] if path[0] in ("read", "prepared") and len(path) > 1 else path for path, _ in paths]
+    clear = [s if short.count(s) == 1 else path for s, (path, _) in zip(short, paths, strict=True)]
+    return [(_fact_name(": ".join(path)), value) for path, (_, value) in zip(clear, paths, strict=True)]
 
 
 def _fact_name(key: Any) -> str:
@@ -323,8 +331,6 @@ def _fact_name(key: Any) -> str:
 
 
 def _fact(value: Any) -> str:
-    if value is None or value in ([], {}, ""):
-        return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

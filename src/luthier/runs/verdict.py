@@ -87,12 +87,22 @@ class Change:
 
 @dataclass(frozen=True)
 class Card:
-    """What one group says in the verdict."""
+    """What one group says in the verdict.
+
+    Attributes:
+        title: the group.
+        status: of the metric that speaks for it.
+        chip: the status in words.
+        change: that metric; None where nothing was measured.
+        note: what it is and by how much it changed, to stand under the two values.
+        sentence: the same with the two values in it.
+    """
 
     title: str
     status: Status
     chip: str
     change: Change | None
+    note: str
     sentence: str
 
 
@@ -128,17 +138,31 @@ def is_share(unit: str) -> bool:
 
 
 def text(value: Any, unit: str = "", *, signed: bool = False) -> str:
-    """A value for readers: per cent for shares (percentage points for signed ones), else four digits and the unit."""
+    """A value for readers: per cent for shares (percentage points for signed ones), else three decimals and the unit.
+
+    Numbers and units are joined by no-break spaces.
+    """
     x = number(value)
     if x is None:
         return "∞" if isinstance(value, float) and math.isinf(value) else "–"
-    sign = "+" if signed and x >= 0 else ""
     if is_share(unit):
-        digits = f"{100 * x:.1f}"
-        return f"{sign}{digits} points" if signed else f"{digits} %"
-    shown = f"{x:.3f}" if 0.001 <= abs(x) < 100 or x == 0 else f"{x:,.0f}" if abs(x) >= 100 else f"{x:.2g}"
-    suffix = f" {unit}" if unit in ("nats", "tokens", "bits") else ""
-    return f"{sign}{shown}{suffix}".replace("-", "−", 1) if x < 0 else f"{sign}{shown}{suffix}"
+        shown, suffix = f"{100 * x:.1f}", "points" if signed else "%"
+    else:
+        size = abs(x)
+        decimals = 3 if size < 10 else 2 if size < 100 else 1 if size < 1000 else 0
+        shown = f"{x:,.{decimals}f}" if size >= 0.001 or x == 0 else f"{x:.2g}"
+        suffix = unit if unit in ("nats", "tokens", "bits") else ""
+    if shown.strip("-0.") == "":
+        shown = shown.removeprefix("-")
+    elif signed and x > 0:
+        shown = "+" + shown
+    shown = shown.replace("-", "−", 1) if shown.startswith("-") else shown
+    return f"{shown}\N{NO-BREAK SPACE}{suffix}" if suffix else shown
+
+
+def bare(shown: str) -> str:
+    """A text of :func:`text` without its unit."""
+    return shown.partition("\N{NO-BREAK SPACE}")[0]
 
 
 def interval(metric: Mapping[str, Any] | Change, unit: str, *, signed: bool = False) -> str:
@@ -146,8 +170,7 @@ def interval(metric: Mapping[str, Any] | Change, unit: str, *, signed: bool = Fa
     low, high = (metric.low, metric.high) if isinstance(metric, Change) else (metric.get("low"), metric.get("high"))
     if number(low) is None or number(high) is None:
         return ""
-    ends = [text(end, unit, signed=signed) for end in (low, high)]
-    return " to ".join(e.replace(" points", "").replace(" %", "").removesuffix(f" {unit}") for e in ends)
+    return " to ".join(bare(text(end, unit, signed=signed)) for end in (low, high))
 
 
 def compare(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any], paired: Any = None) -> Change:
@@ -207,18 +230,20 @@ def speaker(found: list[Change]) -> Change | None:
     return next(iter([*scores, *ranked, *found]), None)
 
 
-def _described(change: Change) -> str:
+def _described(change: Change) -> tuple[str, str]:
+    """(note, sentence) of a card."""
     unit = change.unit
+    after = text(change.after.get("value"), unit)
     if change.before is None or change.value is None:
-        known = interval(change.after, unit)
-        return f"{change.label}: {text(change.after.get('value'), unit)}" + (f" (interval {known})." if known else ".")
-    verb = "went from" if change.status != "same" else "did not change clearly:"
-    joint = "to" if change.status != "same" else "→"
-    span = interval(change, unit, signed=True)
-    return (
-        f"{change.label} {verb} {text(change.before['value'], unit)} {joint} {text(change.after['value'], unit)} "
-        f"({text(change.value, unit, signed=True)}" + (f"; interval {span})." if span else ").")
+        span = interval(change.after, unit)
+        known = f" (interval {span})" if span else ""
+        return f"{change.label}{known}; not measured before training.", f"{change.label}: {after}{known}."
+    before, span = text(change.before["value"], unit), interval(change, unit, signed=True)
+    difference = text(change.value, unit, signed=True) + (f" (interval {span})" if span else "")
+    verb = (
+        f"did not change clearly: {before} → {after}" if change.status == "same" else f"went from {before} to {after}"
     )
+    return f"{change.label}: {difference}.", f"{change.label} {verb}, {difference}."
 
 
 def verdict(evaluation: Mapping[str, Any]) -> Verdict:
@@ -240,8 +265,8 @@ def verdict(evaluation: Mapping[str, Any]) -> Verdict:
     cards = []
     for group, change in picked.items():
         status: Status = change.status if change else "unknown"
-        sentence = _described(change) if change else absent[group]
-        cards.append(Card(titles[group], status, chips[group][status], change, sentence))
+        note, sentence = _described(change) if change else (absent[group], absent[group])
+        cards.append(Card(titles[group], status, chips[group][status], change, note, sentence))
     return Verdict(_headline(cards[0].status, cards[1].status), cards)
 
 

@@ -69,5 +69,6 @@ class LossTopK:
             logp_N = ctx.forward(batch, grad=False).logp_N.detach().float()
             loss_B = mean_loss(logp_N, batch.weight_N, batch.sequence_N, batch.examples)
             index_b = highest(loss_B, self.keep).to(batch.row_B.device)
-            ctx.log(selected_loss=float(loss_B[index_b.to(loss_B.device)].mean()), offered_loss=float(loss_B.mean()))
+            if bool(loss_B.isfinite().all()):
+                ctx.log(selected_loss=float(loss_B[index_b.to(loss_B.device)].mean()), offered_loss=float(loss_B.mean()))
         return index_b, torch.ones(index_b.numel(), device=batch.weight_N.device)
