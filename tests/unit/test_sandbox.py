@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -257,7 +256,7 @@ def test_files_outside_are_out_of_reach(wall: sandbox.Wall, tmp_path: Path) -> N
         f"os.symlink({str(secret)!r}, 'mine')\nopen('mine').read()",
         f"open({str(tmp_path / 'new')!r}, 'w')",
         f"os.mkdir({str(tmp_path / 'new')!r})",
-        f"os.listdir({str(Path.home())!r})",
+        f"open({__file__!r}).read()",
         "open('/etc/passwd').read()",
         "open(os.__file__, 'a')",
         "open('/dev/mem')",
@@ -315,26 +314,22 @@ def test_built_ins_are_put_back_before_the_tests(wall: sandbox.Wall) -> None:
     assert not run_tests(code, "assert all([1, 0])", FAST, wall=wall).passed
 
 
-def test_nothing_is_left_behind(wall: sandbox.Wall) -> None:
-    def folders() -> set[str]:
-        return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("luthier-sandbox-")}
-
-    before = folders()
+def test_nothing_is_left_behind(wall: sandbox.Wall, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     deep = "import os\nfor _ in range(1500):\n    os.mkdir('d')\n    os.chdir('d')\n"
     assert run_tests(deep, "pass", FAST, wall=wall).passed
     lingering = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n" + RIGHT
     assert run_tests(lingering, TEST, FAST, wall=wall).passed
-    assert folders() <= before
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_parent_takes_the_sandbox_with_it(wall: sandbox.Wall) -> None:
-    marker = f"sandbox-{os.getpid()}-{wall}"
+def test_a_killed_parent_takes_the_sandbox_with_it(wall: sandbox.Wall, tmp_path: Path) -> None:
     program = (
         "from luthier.evaluation.sandbox import *\n"
-        f"run_tests('import time\\ntime.sleep(60)', {marker!r}, Limits(wall_seconds=60.0), wall={wall!r})"
+        f"run_tests('import time\\ntime.sleep(60)', 'pass', Limits(wall_seconds=60.0), wall={wall!r})"
     )
-    source = str(Path(sandbox.__file__).parents[2])
-    parent = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": source})
+    surroundings = {**os.environ, "PYTHONPATH": str(Path(sandbox.__file__).parents[2]), "TMPDIR": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "-c", program], env=surroundings)
     child = ""
     while parent.poll() is None and not child:
         child = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().strip()
@@ -346,9 +341,6 @@ def test_a_killed_parent_takes_the_sandbox_with_it(wall: sandbox.Wall) -> None:
         time.sleep(0.02)
     assert child
     assert not Path(f"/proc/{child}").exists()
-    for folder in Path(tempfile.gettempdir()).glob("luthier-sandbox-*"):
-        if folder.stat().st_mtime > time.time() - 30:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +349,7 @@ def test_a_killed_parent_takes_the_sandbox_with_it(wall: sandbox.Wall) -> None:
         ('"socket": (41, 198), ', "the network could still be reached"),
         ('"fork": (57, None), ', "new processes"),
         ('("AS", settings["memory_bytes"], settings["memory_bytes"]),', "RLIMIT_AS does not hold"),
-        ("_syscall(\"landlock\", _LANDLOCK_RESTRICT, ruleset, 0)", "the parent's environment"),
+        ('_syscall("landlock", _LANDLOCK_RESTRICT, ruleset, 0)', "could still be reached"),
     ],
 )
 def test_an_open_wall_is_found_and_nothing_runs(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -44,7 +45,11 @@ def console() -> Console:
     """The console of stdout."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=False)
+    class Pipe(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # not a failure: see main
+
+    return Pipe(highlight=False)
 
 
 def jsonable(value: Any) -> Any:
@@ -101,34 +106,70 @@ def number(value: Any, digits: int = 4) -> str:
     return str(value)
 
 
+def first_process() -> bool:
+    """Whether this process speaks for all those of a distributed run."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def is_metric(value: Any) -> bool:
     """Whether it is ``{value, n, low, high, ...}``."""
     return isinstance(value, Mapping) and "value" in value
 
 
-def show_metrics(out: Console, result: Mapping[str, Any], title: str = "") -> None:
-    """A table of ``{group: {metric: {value, n, low, high, unit, direction}}}``, or of ``{before, after}`` of those."""
+def show_metrics(out: Console, stages: Mapping[str, Mapping[str, Any]]) -> None:
+    """A table with a pair of columns (value, interval) per stage.
+
+    Args:
+        out: where to print.
+        stages: column title -> ``{group: {metric: {value, n, low, high, unit, direction}}}``; the rest is passed over.
+    """
     from rich.table import Table
 
-    stages = [s for s in ("before", "after") if isinstance(result.get(s), Mapping)] or [""]
-    table = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    table = Table(header_style="bold", box=None, pad_edge=False)
     table.add_column("group")
     table.add_column("metric")
     for stage in stages:
-        table.add_column(stage or "value", justify="right")
-        table.add_column("interval", justify="right", style="dim")
-    for column in ("n", "unit", "better"):
-        table.add_column(column, justify="right" if column == "n" else "left", style="dim")
-    parts = [result[s] if s else result for s in stages]
-    for group, name in _metric_names(parts):
-        cells = []
-        known: Mapping[str, Any] = {}
-        for part in parts:
-            metric = (part.get(group) or {}).get(name) if isinstance(part.get(group), Mapping) else None
-            known = metric or known
-            cells += [number(metric["value"]) if metric else "-", _interval(metric)]
-        n, unit, direction = (known.get(k) for k in ("n", "unit", "direction"))
-        table.add_row(group, name, *cells, number(n), str(unit or ""), str(direction or ""))
+        table.add_column(stage, justify="right", no_wrap=True)
+        table.add_column("interval", justify="right", style="dim", no_wrap=True)
+    table.add_column("n", justify="right", style="dim")
+    table.add_column("better", style="dim")
+    last = ""
+    for group, name in _metric_names(stages.values()):
+        found = [(part.get(group) or {}).get(name) for part in stages.values()]
+        cells = [text for metric in found for text in (number(metric["value"]) if metric else "-", _interval(metric))]
+        known = next(metric for metric in found if metric)
+        unit = f" [dim]({known['unit']})[/dim]" if known.get("unit") else ""
+        n = number(known.get("n"))
+        table.add_row(group if group != last else "", name + unit, *cells, n, str(known.get("direction") or ""))
+        last = group
+    out.print(table)
+
+
+def show_side_by_side(out: Console, runs: Mapping[str, Mapping[str, Any]]) -> None:
+    """One column per run, one row per metric, the best value of each row in bold.
+
+    Args:
+        out: where to print.
+        runs: column title -> ``{group: {metric: {value, n, low, high, unit, direction}}}``.
+    """
+    from rich.table import Table
+
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    table.add_column("group")
+    table.add_column("metric")
+    for run in runs:
+        table.add_column(run, justify="right", overflow="fold")
+    table.add_column("better", style="dim")
+    last = ""
+    for group, name in _metric_names(runs.values()):
+        found = [(part.get(group) or {}).get(name) for part in runs.values()]
+        direction = next((m["direction"] for m in found if m and m.get("direction")), "")
+        values = [m["value"] if m else None for m in found]
+        known = [v for v in values if isinstance(v, int | float)]
+        best = {"higher": max, "lower": min}[direction](known) if known and direction else None
+        cells = [f"[bold]{number(v)}[/bold]" if v == best and best is not None else number(v) for v in values]
+        table.add_row(group if group != last else "", name, *cells, direction)
+        last = group
     out.print(table)
 
 

@@ -35,13 +35,14 @@ def evaluate(
         raise UserError("name at least one task, such as --harness arc_easy,hellaswag.", where="--harness")
     from luthier.runs import api
 
-    common.note(f"measuring {model or plan.recipe.model.id}")
     result = api.evaluate(plan, model_folder=model, harness=tasks)
-    common.emit(result, as_json, lambda out: _human(out, result))
+    if common.first_process():
+        common.emit(result, as_json, lambda out: _human(out, result))
 
 
 def _human(out: Any, result: dict[str, Any]) -> None:
-    common.show_metrics(out, result)
-    rest = {k: v for k, v in result.items() if not isinstance(v, dict)}
-    if rest:
-        common.show_tree(out, rest)
+    out.print(f"model {result.get('model', '')}", markup=False, soft_wrap=True)
+    common.show_metrics(out, {"value": {k: v for k, v in result.items() if isinstance(v, dict)}})
+    if result.get("harness"):
+        out.print("\nlm-evaluation-harness")
+        common.show_tree(out, result["harness"])

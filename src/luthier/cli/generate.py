@@ -65,7 +65,8 @@ def _checked(decoding: str, texts: list[str]) -> dict[str, Any]:
         if not equals or not name.strip():
             raise UserError(f"'{text}' is not written name=value, such as temperature=0.7.", where="--option")
         options[name.strip()] = parse(raw, f"--option {text}")[0]
-    return method_options(registry.get("decoding", decoding), options, path=("--option",))
+    checked = method_options(registry.get("decoding", decoding), options, path=("--option",))
+    return {name: checked[name] for name in options}
 
 
 def _prompts(given: list[str], file: Path | None) -> list[Prompt]:

@@ -15,6 +15,9 @@ from luthier.cli import check, doctor, evaluate, generate, init, methods, migrat
 from luthier.cli.common import say
 from luthier.core.errors import LuthierError
 
+# What shells report for a program ended by Ctrl-C; typer turns the interrupt into this status.
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="luthier",
     help="Fine-tune pretrained models, compose methods, and see which one helps.",
@@ -60,7 +63,8 @@ def run(arguments: Sequence[str]) -> int:
     arguments = [a for i, a in enumerate(arguments) if a != "--debug" or i > end]
     try:
         status = typer.main.get_command(app).main(args=arguments, prog_name="luthier", standalone_mode=False)
-        return status if isinstance(status, int) else 0
+        sys.stdout.flush()
+        return _interrupted() if status == INTERRUPTED else status if isinstance(status, int) else 0
     except LuthierError as error:
         if debug:
             raise
@@ -68,8 +72,7 @@ def run(arguments: Sequence[str]) -> int:
             say("error", line)
         return error.exit_status
     except (KeyboardInterrupt, typer.Abort):
-        say("interrupted", "a run keeps its checkpoints: luthier train RECIPE --resume goes on from the last one")
-        return 130
+        return _interrupted()
     except BrokenPipeError:
         # The reader of a pipe, such as `head`, has enough: not an error. Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -81,6 +84,11 @@ def run(arguments: Sequence[str]) -> int:
             return _usage(error)
         say("error", f"{type(error).__name__}: {error} (add --debug for the traceback)")
         return 1
+
+
+def _interrupted() -> int:
+    say("interrupted", "a run keeps its checkpoints: luthier train RECIPE --resume goes on from the last one")
+    return INTERRUPTED
 
 
 def _usage(error: Exception) -> int:

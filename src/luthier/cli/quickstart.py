@@ -8,18 +8,41 @@ from typing import Annotated, Any
 import typer
 
 from luthier.cli import common
+from luthier.core.errors import UserError
 
 
 def quickstart(
-    folder: Annotated[Path, typer.Argument(help="Where the runs go.")] = Path("runs/quickstart"),
+    folder: Annotated[Path, typer.Argument(help="Where the runs go; a former quickstart there is replaced.")] = Path(
+        "runs/quickstart"
+    ),
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
     as_json: common.Json = False,
 ) -> None:
     """Fine-tune a small generated model with three methods and print them side by side, in minutes and offline."""
+    if folder.exists():
+        # The old runs are deleted, so nothing else may be in there.
+        other = (
+            [p.name for p in folder.iterdir() if not (p / "recipe.yaml").is_file()]
+            if folder.is_dir()
+            else [folder.name]
+        )
+        if other:
+            raise UserError(f"'{folder}' holds something else ('{other[0]}'); name a new folder.")
     from luthier.runs import api
 
-    result = api.quickstart(folder)
+    result = api.quickstart(folder, quiet=quiet or as_json)
+    runs = result["runs"]
+    # Results row by row stay in each run's evaluation.json.
+    brief = {method: {stage: _brief(part) for stage, part in run.items()} for method, run in runs.items()}
 
     def human(out: Any) -> None:
-        common.show_tree(out, result)
+        base = next((run["before"] for run in runs.values() if run.get("before")), None)
+        common.show_side_by_side(out, ({"base": base} if base else {}) | {m: run["after"] for m, run in runs.items()})
+        out.print(f"\nreport  {result['report']}", markup=False, soft_wrap=True)
+        out.print("next    luthier init MODEL DATA, or luthier methods", markup=False)
 
-    common.emit(result, as_json, human)
+    common.emit({**result, "runs": brief}, as_json, human)
+
+
+def _brief(part: Any) -> Any:
+    return {k: v for k, v in part.items() if k != "items"} if isinstance(part, dict) else part

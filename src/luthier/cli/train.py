@@ -21,11 +21,18 @@ def train(
     from luthier.runs import api
 
     run = api.train(plan, resume=resume, quiet=quiet or as_json)
-    report = run.report()
-    result: dict[str, Any] = {"folder": plan.recipe.output, "report": report, "metrics": run.metrics}
+    if not common.first_process():
+        return
+    stages = {name: run.metrics[name] for name in ("before", "after") if run.metrics.get(name)}
+    # Results row by row stay in the run's evaluation.json.
+    brief = {name: {k: v for k, v in metrics.items() if k != "items"} for name, metrics in stages.items()}
+    training = run.metrics.get("training", {})
+    report = run.folder / "report.html"
+    result = {"folder": run.folder, "model": run.folder / "model", "report": report, **brief, "training": training}
 
     def human(out: Any) -> None:
-        common.show_metrics(out, run.metrics)
-        out.print(f"\nmodel   {plan.recipe.output}/model\nreport  {report}", soft_wrap=True)
+        common.show_metrics(out, stages)
+        out.print()
+        common.show_tree(out, {"training": training, "model": str(run.folder / "model"), "report": str(report)})
 
     common.emit(result, as_json, human)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,14 +44,15 @@ def convert(block: Block, layout: Layout, problems: Problems) -> pa.RecordBatch:
     for name in ("text", "prompt", "completion", "rejected", "messages", "rejected_messages"):
         if name in arrays:
             long = pc.fill_null(pc.greater(pc.binary_length(arrays[name]), ROW_LIMIT_BYTES), False)
-            problems.mark(long, lambda i, n=name: _too_long(n, arrays[n][i].as_py()))
+            problems.mark(long, partial(_too_long, name, arrays[name]))
     arrays["key"] = _keys(arrays, size)
     filled = [arrays[f.name].cast(f.type) if f.name in arrays else pa.nulls(size, f.type) for f in SCHEMA]
     batch = pa.RecordBatch.from_arrays(filled, schema=SCHEMA)
     return batch.filter(pa.array(~problems.bad)) if problems.bad.any() else batch
 
 
-def _too_long(field: str, value: str) -> tuple[str, str, str, Any]:
+def _too_long(field: str, values: pa.Array, index: int) -> tuple[str, str, str, Any]:
+    value = values[index].as_py()
     size = len(value.encode()) / 2**20
     fix = f"The limit is {ROW_LIMIT_BYTES >> 20} MB; split it into rows a model can read."
     return field, f"the row is too long ({size:.0f} MB)", fix, value[:200]

@@ -122,7 +122,8 @@ def _lines(handle: Handle, name: str) -> Iterator[tuple[int, list[str], list[Rej
 
     A line over the limit is skipped without ever being held in memory.
     """
-    number, pending, size = 1, [], 0
+    number, size = 1, 0
+    pending: list[bytes] = []
     block = handle.read(BLOCK_BYTES)
     _check_start(block, name)
     block = block.removeprefix(b"\xef\xbb\xbf")
@@ -216,6 +217,7 @@ def _parse_line(line: str) -> tuple[Any, tuple[str, str] | None]:
 
 
 def json_type(value: Any) -> str:
+    """What JSON calls a value's type."""
     return {list: "array", str: "string", bool: "boolean", int: "number", float: "number"}.get(type(value), "null")
 
 

@@ -30,7 +30,8 @@ def read(columns: Columns, column: str, problems: Problems) -> dict[str, Any]:
 
 
 def _one(value: Any, folder: Path | None, index: int, column: str, problems: Problems) -> tuple[Any, str | None]:
-    path, data = None, None
+    path: Any = None
+    data: bytes | None = None
     if isinstance(value, dict):
         path, data = value.get("path"), value.get("bytes")
     elif isinstance(value, str) and value.startswith("data:"):
@@ -56,7 +57,8 @@ def _one(value: Any, folder: Path | None, index: int, column: str, problems: Pro
         if not file.is_file():
             problems.add(index, column, "the image file does not exist", "Paths start at the data file's folder.", path)
             return None, None
-        data, image = file.read_bytes(), {"path": str(file.resolve()), "bytes": None}
+        data = file.read_bytes()
+        image: dict[str, Any] = {"path": str(file.resolve()), "bytes": None}
     else:
         image = {"path": None, "bytes": data}
     problem = _verify(data)

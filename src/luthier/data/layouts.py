@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import pyarrow as pa
 
@@ -155,7 +156,11 @@ def detect(
             optional = {p: names.find(p, s) for p, s in _OPTIONAL.get(name, {}).items()}
             optional["id"] = names.find("id", ID)
             used = set(fields.values())
-            return Layout(name, fields, {p: c for p, c in optional.items() if c is not None and c not in used})
+            return Layout(
+                name,
+                cast("dict[str, str]", fields),
+                {p: c for p, c in optional.items() if c is not None and c not in used},
+            )
     return None
 
 

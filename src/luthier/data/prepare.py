@@ -40,7 +40,7 @@ class PrepareReport:
         dropped: rows left out because they are longer (``truncation: drop``).
         supervised_lost: supervised tokens that cutting took away.
         nothing_to_learn: rows without a supervised token, left out.
-        unsupervised_stop: rows whose last supervised token does not end an answer, so the model would not learn to stop.
+        unsupervised_stop: rows whose last supervised token ends no answer, so stopping is not learnt.
         doubled_bos: rows that begin with two BOS tokens.
         tokens: tokens of the kept rows.
         supervised_tokens: targets among them.

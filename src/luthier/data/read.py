@@ -52,6 +52,7 @@ class ReadReport:
         duplicated_ids: ids that more than one row has.
         duplicated_rows: rows whose content an earlier row already has.
         reject_file: where the rejected rows are listed; empty when there are none.
+        stages: data stages run on the rows, each with the number of rows it left.
     """
 
     source: str = ""
@@ -62,6 +63,7 @@ class ReadReport:
     duplicated_ids: int = 0
     duplicated_rows: int = 0
     reject_file: str = ""
+    stages: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -232,8 +234,9 @@ class _Reader:
             self.source, self.found = block.source, None
         if isinstance(block.rows, pa.RecordBatch):
             if self.found is None:
-                filled = [c for c in block.rows.schema.names if block.rows.column(c).null_count < block.rows.num_rows]
-                self.decide(filled, block.rows.schema.names, block.source, int(numbers[0]))
+                names = block.rows.schema.names
+                present = [c for c in names if block.rows.column(c).null_count < block.rows.num_rows]
+                self.decide(present, names, block.source, int(numbers[0]))
             self.mixed_nulls(block, problems)
             return
         sets = list(map(tuple, block.rows))

@@ -102,7 +102,7 @@ class Renderer:
         if self.has_text:
             self.encoder = Encoder(processor)
         self.template = resolve(template, processor) if task == "causal-lm" else None
-        self.chat = ChatTemplate(self.template, processor) if self.template else None
+        self.chat = ChatTemplate(self.template, processor, lenient=thinking == "strip") if self.template else None
 
     @property
     def fingerprint(self) -> str:
@@ -115,9 +115,8 @@ class Renderer:
         """The tokens that end an answer: the tokenizer's end token, and the one that the template writes."""
         found = [] if self.encoder.eos is None else [self.encoder.eos]
         if self.chat and self.chat.turn_end:
-            first = self.encoder.ids([self.chat.turn_end])[0]
-            if len(first) == 1 and first[0] not in found:
-                found.append(first[0])
+            ids = self.encoder.ids([self.chat.turn_end])[0]
+            found += [i for i in ids if i in self.encoder.special and i not in found]
         return found
 
     def render(self, row: Row) -> Rendered:

@@ -208,7 +208,7 @@ def _lab(text: str, split: str) -> Source:
         except ValueError:
             options[key] = value
     split = options.pop("split", split)
-    rows = lab.dataset(name, split=split, **options)
+    rows = lab.dataset(name, split="train" if split == "train" else "test", **options)
     return Source(text, lambda: listed(rows, text), lambda: content_hash("lab", rows))
 
 

@@ -36,6 +36,7 @@ WAYS_OUT = (
     "(chatml, plain, or a .jinja file)."
 )
 
+PROBE = "LUTHIERPROBE"
 Span = tuple[int, int]
 Messages = list[dict[str, Any]]
 
@@ -77,17 +78,35 @@ class ChatTemplate:
     Args:
         text: the Jinja template.
         tokenizer: the transformers tokenizer.
+        lenient: take an answer to begin where its content does, even where generation with this template would add
+            more to the prompt (an opening <think> tag); generation here then uses the shorter prompt too.
+
+    Raises:
+        UserError: the template does not write what an assistant says.
     """
 
-    def __init__(self, text: str, tokenizer: Any) -> None:
-        self.text, self.tokenizer = text, tokenizer
+    def __init__(self, text: str, tokenizer: Any, *, lenient: bool = False) -> None:
+        self.text, self.tokenizer, self.lenient = text, tokenizer, lenient
         self.has_markers = bool(GENERATION.search(text))
-        self.turn_end = self._turn_end()
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        self._special = tuple(t.content for t in added if t.special)
+        self._parts = False
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
+        written = self._probe(probe)
+        if PROBE not in written:
+            self._parts = True  # templates of vision-language models want content as a list of parts
+            written = self._probe(probe)
+        if PROBE not in written:
+            raise UserError("the chat template does not write the assistant's content.", where="data.template")
+        self.turn_end = written.rpartition(PROBE)[2].strip()
 
-    def _turn_end(self) -> str:
-        """What the template writes after the assistant's words, without white space around it; may be empty."""
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "LUTHIERPROBE"}]
-        return self.render(probe).rpartition("LUTHIERPROBE")[2].strip()
+    def _probe(self, messages: Messages) -> str:
+        try:
+            return self.render(messages)
+        except UserError:
+            if self._parts:
+                raise
+            return ""
 
     def render(self, messages: Messages, tools: Any = None, *, prompt: bool = False) -> str:
         """The conversation as text; with ``prompt`` also the header that asks for the assistant's next words.
@@ -101,6 +120,8 @@ class ChatTemplate:
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        if self._parts:
+            messages = [_as_parts(m) for m in messages]
         try:
             texts, spans = render_jinja_template(
                 [messages],
@@ -111,7 +132,9 @@ class ChatTemplate:
                 **self.tokenizer.special_tokens_map,
             )
         except (TemplateError, TypeError) as error:
-            raise UserError(f"the chat template refuses the conversation: {error}. Choose another `data.template`.")
+            raise UserError(
+                f"the chat template refuses the conversation: {error}. Choose another `data.template`."
+            ) from error
         return texts[0], [tuple(s) for s in spans[0]] if markers else []
 
     def locate(self, messages: Messages, tools: Any = None) -> tuple[str, list[Span], int]:
@@ -123,53 +146,117 @@ class ChatTemplate:
         Raises:
             UserError: a prompt is not the beginning of the whole text, or an answer is not written as it was given.
         """
-        shown = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        text, spans = self._render(shown, tools, False, self.has_markers)
-        prompt_end = len(self._prompt(shown, turns[-1], tools, text))
+        shown = _shown(messages)
+        turns = [i for i, m in enumerate(shown) if m["role"] == "assistant"]
+        text, marked = self._render(shown, tools, False, self.has_markers)
+        prompt_end = self._start(shown, turns[-1], tools, text)
+        spans = _merged(marked)
         if not self.has_markers:
             spans = [self._turn(shown, turn, tools, text, prompt_end) for turn in turns]
+        elif spans:
+            spans[-1] = (max(spans[-1][0], prompt_end), spans[-1][1])
+        spans = [self._trimmed(text, span) for span in spans]
         if len(spans) == len(turns):
+            for span, turn in zip(spans, turns, strict=True):
+                self._check_kept(shown[turn], turn, text[span[0] : span[1]])
             spans = [s for s, turn in zip(spans, turns, strict=True) if messages[turn].get("weight", 1)]
         return text, [s for s in spans if s[1] > s[0]], prompt_end
 
     def prompt(self, messages: Messages, tools: Any = None) -> str:
         """The text that asks for the last message of the assistant, or for a next one where there is none."""
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        shown = [{k: v for k, v in m.items() if k != "weight"} for m in messages[: turns[-1] if turns else None]]
-        return self.render(shown, tools, prompt=True)
+        shown = _shown(messages)
+        turns = [i for i, m in enumerate(shown) if m["role"] == "assistant"]
+        return self._prompt(shown[: turns[-1] if turns else None], tools)
 
-    def _prompt(self, messages: Messages, turn: int, tools: Any, text: str) -> str:
-        if turn == 0:
+    def _prompt(self, before: Messages, tools: Any) -> str:
+        if not before:
             return ""
-        prompt = self.render(messages[:turn], tools, prompt=True)
+        if self.lenient:
+            return self.render([*before, {"role": "assistant", "content": PROBE}], tools).rpartition(PROBE)[0]
+        return self.render(before, tools, prompt=True)
+
+    def _start(self, messages: Messages, turn: int, tools: Any, text: str) -> int:
+        prompt = self._prompt(messages[:turn], tools)
+        if self.lenient and not text.startswith(prompt):
+            prompt = self.render(messages[:turn], tools, prompt=True)  # a turn of tool calls has no content
         if not text.startswith(prompt):
             raise UserError(
                 f"the chat template does not write the prompt of message {turn + 1} as the beginning of the whole "
                 f"conversation, so training would not match generation. {WAYS_OUT}"
             )
-        return prompt
+        return len(prompt)
 
     def _turn(self, messages: Messages, turn: int, tools: Any, text: str, last_prompt_end: int) -> Span:
+        message = messages[turn]
+        content = (message.get("content") or "").strip()
         later = any(m["role"] == "assistant" for m in messages[turn + 1 :])
-        start = len(self._prompt(messages, turn, tools, text)) if later else last_prompt_end
+        if later and self.lenient and content and not message.get("tool_calls"):
+            other = self.render([*messages[:turn], {**message, "content": PROBE}, *messages[turn + 1 :]], tools)
+            before, _, after = other.partition(PROBE)
+            if text.startswith(before) and text.endswith(after):
+                return len(before), self._closed(text, len(text) - len(after))
+        start = self._start(messages, turn, tools, text) if later else last_prompt_end
         until = text if turn == len(messages) - 1 else self.render(messages[: turn + 1], tools)
         if text.startswith(until):
-            end = len(until)
+            return start, len(until)
+        # Reasoning templates write a turn otherwise once another follows; it is still whole where its content is.
+        found = text.find(content, start) if content and not message.get("tool_calls") else -1
+        if found >= 0:
+            return start, self._closed(text, found + len(content))
+        found = text.find(self.turn_end, start) if self.turn_end else -1
+        if found < 0 or content:
+            raise self._lost(turn)
+        return start, found + len(self.turn_end)
+
+    def _closed(self, text: str, end: int) -> int:
+        """The end of a turn whose content ends at ``end``: past the special token that closes it."""
+        closing = next((s for s in (self.turn_end, *self._special) if s and text.startswith(s, end)), "")
+        return end + len(closing)
+
+    def _trimmed(self, text: str, span: Span) -> Span:
+        """White space after the stop token is the template's, never the model's."""
+        words = text[span[0] : span[1]].rstrip()
+        closed = words.endswith((self.turn_end, *self._special)) if self.turn_end else words.endswith(self._special)
+        return (span[0], span[0] + len(words)) if closed else span
+
+    def _check_kept(self, message: dict[str, Any], turn: int, words: str) -> None:
+        content = message.get("content") or ""
+        calls = [(call.get("function") or call).get("name") or "" for call in message.get("tool_calls") or ()]
+        if ("<think>" in content and _bare(content) not in _bare(words)) or any(name not in words for name in calls):
+            raise self._lost(turn)
+
+    @staticmethod
+    def _lost(turn: int) -> UserError:
+        return UserError(
+            f"the chat template does not write message {turn + 1} as it was given (it drops reasoning or "
+            f"tool calls), so it cannot be learnt from. {WAYS_OUT}"
+        )
+
+
+def _shown(messages: Messages) -> Messages:
+    """The messages without what is ours alone."""
+    return [{k: v for k, v in m.items() if k != "weight"} for m in messages]
+
+
+def _as_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return message if content is None else {**message, "content": [{"type": "text", "text": content}]}
+
+
+def _merged(spans: list[Span]) -> list[Span]:
+    """Adjoining spans as one; some templates mark the words and their end apart."""
+    found: list[Span] = []
+    for start, end in spans:
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], end)
         else:
-            # Reasoning templates write a turn otherwise once another follows; it is still whole where its content is.
-            content = (messages[turn].get("content") or "").strip()
-            found = text.find(content, start) if content else -1
-            if found < 0:
-                raise UserError(
-                    f"the chat template does not write message {turn + 1} as it was given (it drops the reasoning of "
-                    f"earlier turns), so it cannot be learnt from. {WAYS_OUT}"
-                )
-            end = found + len(content)
-            end += len(self.turn_end) if text.startswith(self.turn_end, end) else 0
-        words = text[start:end].rstrip()
-        # White space after the stop token is the template's, never the model's.
-        return (start, start + len(words)) if self.turn_end and words.endswith(self.turn_end) else (start, end)
+            found.append((start, end))
+    return found
+
+
+def _bare(text: str) -> str:
+    """The text without think tags and white space, which templates set anew."""
+    return "".join(text.replace("<think>", "").replace("</think>", "").split())
 
 
 def strip_thinking(messages: Sequence[dict[str, Any]]) -> Messages:

@@ -137,7 +137,7 @@ class _Run:
         os.set_blocking(reader, False)
         self.verdict_pipe: IO[bytes] = os.fdopen(reader, "rb", buffering=0)
         self.verdict, self.output, self.printed = b"", b"", 0
-        home = "/tmp" if wall == "namespaces" else self.work
+        home = "/sandbox" if wall == "namespaces" else self.work
         # Isolated like ``python -I``, but with a fixed hash seed: the same code must get the same verdict.
         flags = ["-P", "-s", "-B"] if limits.site_packages else ["-P", "-s", "-B", "-S"]
         environment = {"HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
@@ -162,6 +162,7 @@ class _Run:
             "wall": wall,
             "verdict": writer,
             "root": self.work,
+            "home": home,
             "work": self.work,
             "outside": base,
             "library": os.path.dirname(os.__file__),

@@ -126,15 +126,15 @@ def enter_namespaces(settings):
                 pass
         _mount(path, target, None, _MS_BIND | _MS_REC)
         _syscall("mount_setattr", _MOUNT_SETATTR, -100, os.fsencode(target), 0x8000, read_only, len(read_only))
-    os.makedirs(f"{root}/tmp", exist_ok=True)
-    os.chmod(f"{root}/tmp", 0o700)
+    home = settings["home"]
+    os.mkdir(root + home, 0o700)
     # A user id of its own makes the limit on processes count, and leaves no right of root's.
     own = 0x70000000 + os.getpid() if uid == 0 else uid
-    os.chown(f"{root}/tmp", own, own if uid == 0 else gid)
+    os.chown(root + home, own, own if uid == 0 else gid)
     os.chdir(root)
     _syscall("pivot_root", _PIVOT_ROOT, b".", b".")
     _call("umount", _libc.umount2(b".", 2))
-    os.chdir("/tmp")
+    os.chdir(home)
     if uid == 0:
         os.setgroups([])
         os.setresgid(own, own, own)

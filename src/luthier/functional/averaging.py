@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-Model = Mapping[str, torch.Tensor]
+Model = Mapping[str, "torch.Tensor"]
 
 
 def mean(tensors: Iterable[torch.Tensor], weights: Sequence[float] | None = None) -> torch.Tensor:
@@ -53,7 +53,7 @@ def interpolate(one: torch.Tensor, two: torch.Tensor, t: float) -> torch.Tensor:
     return mean([one, two], [1.0 - t, t]) if 0.0 < t < 1.0 else (one if t <= 0.0 else two)
 
 
-class Average(Mapping[str, torch.Tensor]):
+class Average(Mapping[str, "torch.Tensor"]):
     """The mean of several models as one mapping, each tensor formed when it is read.
 
     Args:
@@ -87,9 +87,8 @@ def first_mismatch(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> str |
                 has, lacks = (label, first) if name in own else (first, label)
                 return f"tensor '{name}' is in '{has}' and not in '{lacks}'"
             if tuple(reference[name]) != tuple(own[name]):
-                return (
-                    f"tensor '{name}' has shape {tuple(reference[name])} in '{first}' and {tuple(own[name])} in '{label}'"
-                )
+                shape = tuple(own[name])
+                return f"tensor '{name}' has shape {tuple(reference[name])} in '{first}' and {shape} in '{label}'"
     return None
 
 
@@ -136,7 +135,9 @@ def greedy(
     if not order:
         raise ValueError("nothing to average")
     first = order[0]
-    result = Greedy([first], scores[first], [{"label": first, "alone": scores[first], "with": scores[first], "kept": True}])
+    result = Greedy(
+        [first], scores[first], [{"label": first, "alone": scores[first], "with": scores[first], "kept": True}]
+    )
     for label in order[1:]:
         value = score_of([*result.kept, label])
         gain = value - result.score if higher else result.score - value

@@ -37,7 +37,7 @@ class Continuum:
     Attributes:
         n: supervised positions seen.
         mean_p: mean target probability.
-        standard_error: of ``mean_p``, positions taken as independent.
+        standard_error: of ``mean_p``; rows, not positions, count as independent where the rows are known.
         mean_logp: mean target log-probability, nats.
         histogram: share of positions in each of 20 equal bins of p.
         share_below_01: share with p < 0.1.
@@ -73,8 +73,14 @@ def _bin_of(p_N: np.ndarray) -> np.ndarray:
     return np.minimum((p_N * BINS).astype(np.int64), BINS - 1)
 
 
-def diagnose(logp_N: np.ndarray, *, strong_from: float = STRONG_FROM, weak_up_to: float = WEAK_UP_TO) -> Continuum:
-    """The position of target log-probabilities [N] (nats) on the continuum.
+def diagnose(
+    logp_N: np.ndarray,
+    row_N: np.ndarray | None = None,
+    *,
+    strong_from: float = STRONG_FROM,
+    weak_up_to: float = WEAK_UP_TO,
+) -> Continuum:
+    """The position of target log-probabilities [N] (nats) on the continuum; ``row_N`` tells whose row each is.
 
     Raises:
         ValueError: no positions, or limits in the wrong order.
@@ -87,10 +93,11 @@ def diagnose(logp_N: np.ndarray, *, strong_from: float = STRONG_FROM, weak_up_to
     p_N = np.exp(np.minimum(logp_N, 0.0))
     mean = float(p_N.mean())
     counts = np.bincount(_bin_of(p_N), minlength=BINS)
+    deviation = p_N - mean if row_N is None else np.bincount(row_N, weights=p_N - mean)
     return Continuum(
         n=int(p_N.size),
         mean_p=mean,
-        standard_error=float(p_N.std() / np.sqrt(p_N.size)),
+        standard_error=float(np.sqrt((deviation**2).sum()) / p_N.size),
         mean_logp=float(logp_N.mean()),
         histogram=tuple((counts / p_N.size).tolist()),
         share_below_01=float((p_N < 0.1).mean()),

@@ -1,7 +1,7 @@
-"""MinHash: estimate the Jaccard similarity of sets of text pieces, and find near-duplicates without comparing all pairs.
+"""MinHash: estimate the Jaccard similarity of texts, and find near-duplicates without comparing all pairs.
 
-The signature of a text is, for each of P random hash functions, the smallest hash of its character n-grams; the share of
-equal entries of two signatures estimates the Jaccard similarity J of their n-gram sets, with standard deviation
+The signature of a text is, for each of P random hash functions, the smallest hash of its character n-grams; the share
+of equal entries of two signatures estimates the Jaccard similarity J of their n-gram sets, with standard deviation
 sqrt(J (1 - J) / P). Signatures are cut into bands of r entries; texts sharing a whole band are compared.
 
 Source: "On the resemblance and containment of documents", Broder, 1997.
@@ -107,9 +107,7 @@ class NearDuplicates:
 
     def add(self, signature_P: np.ndarray, group: bytes = b"") -> bool:
         """Whether the row is new; then it is remembered. Only rows of the same ``group`` are compared."""
-        keys = [
-            signature_P[b * self.rows : (b + 1) * self.rows].tobytes() + group for b in range(self.bands)
-        ]
+        keys = [signature_P[b * self.rows : (b + 1) * self.rows].tobytes() + group for b in range(self.bands)]
         candidates = {i for bucket, key in zip(self._buckets, keys, strict=True) for i in bucket.get(key, ())}
         if candidates:
             same = (self._kept[sorted(candidates)] == signature_P).mean(axis=1)

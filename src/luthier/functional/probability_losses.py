@@ -125,12 +125,10 @@ def parse(text: str, *, alpha: float | None = None, q: float | None = None) -> M
 
 
 def kept(member: Member, logp_N: torch.Tensor) -> torch.Tensor:
-    """bool [N], the positions inside the member's threshold set (all for members without one); no gradient."""
+    """Which positions lie inside the member's threshold set: bool [N], all true for members without one."""
     p_N = logp_N.detach().clamp(max=0.0).exp()
-    if member.name.startswith("top"):
-        return p_N >= member.q
-    if member.name.startswith("bottom"):
-        return p_N <= member.q
+    if member.q is not None:
+        return p_N >= member.q if member.name.startswith("top") else p_N <= member.q
     return torch.ones_like(p_N, dtype=torch.bool)
 
 

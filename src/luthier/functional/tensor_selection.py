@@ -157,7 +157,12 @@ def layers_of(units: Iterable[Unit]) -> list[Layer]:
 
 
 def select(
-    units: Sequence[Unit], fraction: float, generator: torch.Generator, *, level: str = "category", balance: str = "count"
+    units: Sequence[Unit],
+    fraction: float,
+    generator: torch.Generator,
+    *,
+    level: str = "category",
+    balance: str = "count",
 ) -> set[str]:
     """Names of a random ``fraction`` of the units.
 
@@ -203,9 +208,7 @@ def _rows_of_equal_shape(units: Sequence[Unit]) -> list[list[list[Unit]]]:
     return list(groups.values())
 
 
-def _pick(
-    row: Sequence[Unit], count: int, fraction: float, generator: torch.Generator, balance: str
-) -> Sequence[Unit]:
+def _pick(row: Sequence[Unit], count: int, fraction: float, generator: torch.Generator, balance: str) -> Sequence[Unit]:
     order = _shuffled(len(row), generator)
     if balance == "count" or count in (0, len(row)):
         return [row[i] for i in order[:count]]
@@ -237,7 +240,7 @@ def _shuffled(count: int, generator: torch.Generator) -> list[int]:
 
 
 def fixed(units: Sequence[Unit], kind: str, fraction: float) -> set[str]:
-    """Names of the units of a fixed choice: ``attention``, ``ffn``, or the ``lower`` or ``upper`` fraction of layers."""
+    """Names of the units of a fixed choice: ``attention``, ``ffn``, or the ``lower`` or ``upper`` share of layers."""
     if kind in ("attention", "ffn"):
         return {u.name for u in units if u.category == kind}
     layers = layers_of(units)

@@ -15,11 +15,11 @@ from luthier.lab import Row, Task
 
 # (task, options, share): what the bases see. Everything else of the lab is new to them.
 PARTS: tuple[tuple[str, dict[str, Any], float], ...] = (
-    ("text", {"layout": "pair"}, 0.20),
-    ("strings", {"difficulty": "1", "skill": "uppercase,count,first,last,reverse"}, 0.25),
-    ("arithmetic", {"difficulty": "1"}, 0.25),
-    ("facts", {"people": "known"}, 0.20),
-    ("sentences", {"layout": "pair", "difficulty": "1,2"}, 0.10),
+    ("arithmetic", {"difficulty": "1", "skill": "add,subtract,chain"}, 0.33),
+    ("strings", {"difficulty": "1", "skill": "uppercase,count,first,last,reverse"}, 0.27),
+    ("facts", {"people": "known"}, 0.26),
+    ("text", {"layout": "pair"}, 0.08),
+    ("sentences", {"layout": "pair", "difficulty": "1,2"}, 0.06),
 )
 
 

@@ -31,7 +31,8 @@ _WORDINGS = {
     "sort": ("sort {s}\n", "write the letters of {s} in order\n", "letters of {s} from a to z\n"),
     "double": ("double {s}\n", "write each letter of {s} twice\n", "{s} with letters twice\n"),
 }
-_LENGTHS = {1: (2, 4), 2: (5, 6), 3: (7, 9)}
+# Shortest and longest string, and how many letters of the alphabet are used, by difficulty.
+_SIZES = {1: (2, 4, 10), 2: (4, 6, 26), 3: (7, 9, 26)}
 _WORDS = frozenset(all_words())
 
 
@@ -45,7 +46,8 @@ def make(
         split: ``train`` or ``test``; no pair of operation and string occurs in both.
         rng: where the letters come from.
         skill: ``all``, or some of reverse, uppercase, count, first, last, sort, double, joined by commas.
-        difficulty: ``all``, or some of 1 (2 to 4 letters), 2 (5 or 6), 3 (7 to 9), joined by commas.
+        difficulty: ``all``, or some of 1 (2 to 4 of the letters a to j), 2 (4 to 6 letters), 3 (7 to 9
+            letters), joined by commas.
     """
     skills, levels = pick(skill, SKILLS, "skill"), pick_levels(difficulty)
 
@@ -55,9 +57,9 @@ def make(
 
 
 def _propose(count: int, skill: str, level: int, split: str, rng: np.random.Generator) -> list[Row]:
-    shortest, longest = _LENGTHS[level]
+    shortest, longest, alphabet = _SIZES[level]
     length = rng.integers(shortest, longest + 1, count)
-    letters = rng.integers(0, 26, (count, longest))
+    letters = rng.integers(0, alphabet, (count, longest))
     letters[np.arange(longest) >= length[:, None]] = 26  # 26 marks the end
     text = (letters + ord("a")).astype(np.uint8)
     wording = rng.integers(0, 3, count)

@@ -19,7 +19,18 @@ from luthier.core.rng import derive_seed
 from luthier.models.info import TASKS, ModelInfo, adapter_base, fingerprint, inspect, read_json, resolve
 from luthier.models.shards import Shards
 
-__all__ = ["TASKS", "Loaded", "ModelInfo", "fingerprint", "inspect", "load", "load_processor", "resolve"]
+__all__ = [
+    "AUTO_CLASSES",
+    "TASKS",
+    "Loaded",
+    "ModelInfo",
+    "base_folder",
+    "fingerprint",
+    "inspect",
+    "load",
+    "load_processor",
+    "resolve",
+]
 
 _MAPPINGS = {
     "causal-lm": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
@@ -30,6 +41,8 @@ _MAPPINGS = {
     "token-classification": ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
     "image-classification": ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
 }
+# Task -> the class of transformers that opens it.
+AUTO_CLASSES = {task: name for task, (name, _) in _MAPPINGS.items()}
 _ACCEPTED = {
     "task": ("auto", *TASKS),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -64,6 +77,11 @@ class Loaded:
     labels: tuple[str, ...] = ()
     base: Path | None = None
     notes: tuple[str, ...] = ()
+
+
+def base_folder(info: ModelInfo) -> Path:
+    """Where config.json is: the model's folder, or that of an adapter's base."""
+    return resolve(info.base) if info.base else info.folder
 
 
 def load(
@@ -232,7 +250,7 @@ def _open(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "init", "head"))
         try:
-            model, loading = getattr(transformers, _MAPPINGS[task][0]).from_pretrained(
+            model, loading = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(
                 folder,
                 dtype=getattr(torch, "float32" if dtype == "auto" else dtype),
                 use_safetensors=True,

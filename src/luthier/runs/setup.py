@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from luthier.core.errors import UserError
-from luthier.engine.stack import Stack, WeightedSum, as_objective
+from luthier.engine.stack import Setup, Stack, WeightedSum, as_objective
+
+STAGE_BATCH = 1000
+TELLS_NOTHING = ("data", "input", "test", "train", "valid", "validation")
 
 
 @dataclass
@@ -54,11 +58,34 @@ class Data:
         return found
 
 
-def method_context(plan: Any) -> Any:
-    """The context of data stages: seed and random streams."""
-    from luthier.engine.stack import Setup
+def run_stage(rows: Any, choice: Any, plan: Any) -> Any:
+    """The rows after a data stage, kept on disk by the content of rows, options and the method's code.
 
-    return Setup(seed=plan.recipe.seed, task=plan.task, processor=None)
+    Raises:
+        UserError: the stage leaves no row.
+    """
+    import pyarrow as pa
+
+    from luthier.core.store import Store, content_hash
+    from luthier.data.layouts import SCHEMA
+    from luthier.data.read import Rows, open_arrow
+
+    context = Setup(seed=plan.recipe.seed, task=plan.task, processor=None)
+    code = Path(inspect.getsourcefile(choice.method.target) or "")
+    key = content_hash(rows.fingerprint, choice.slug, choice.options, plan.recipe.seed, code)
+
+    def make(folder: Path) -> None:
+        stage = choice.build()
+        found = stage.run(rows.dataset, context) if hasattr(stage, "run") else stage(rows.dataset, context)
+        with pa.ipc.new_stream(folder / "rows.arrow", SCHEMA) as writer:
+            for table in found.with_format("arrow").iter(STAGE_BATCH):
+                writer.write_table(table.cast(SCHEMA))
+
+    dataset = open_arrow(Store().get_or_make("stages", key, make) / "rows.arrow", key)
+    if len(dataset) == 0:
+        raise UserError(f"the data stage '{choice.slug}' leaves no row to train on.", where=choice.place)
+    report = replace(rows.report, rows=len(dataset), stages=[*rows.report.stages, f"{choice.slug}: {len(dataset):,}"])
+    return Rows(dataset, rows.layout, rows.labels, report, key)
 
 
 def keep_sources(plan: Any, task: str) -> list[str]:
@@ -87,7 +114,6 @@ def read_rows(plan: Any, spec: Any, *, split: str, limit: int | None, task: str,
         bad_rows=data.bad_rows,
         limit=limit,
         reject_file=None if folder is None else folder / f"rejected-{split}.jsonl",
-        base=plan.recipe.folder,
         split="train" if split == "train" else "test",
     )
 
@@ -106,7 +132,7 @@ def load_data(plan: Any, processor: Any, task: str, *, folder: Path | None = Non
     data = recipe.data
     train = read_rows(plan, data.train, split="train", limit=data.limit, task=task, folder=folder)
     for stage in plan.stages:
-        train = train.stage(stage.slug, stage.options, stage.build(), method_context(plan))
+        train = run_stage(train, stage, plan)
     longest = data.max_length or inspect(recipe.model.id).max_length
     options = {"template": data.template, "system": data.system, "thinking": data.thinking}
     renderer = Renderer(processor, task=task, max_length=longest, truncation=data.truncation, **options)
@@ -129,18 +155,29 @@ def load_data(plan: Any, processor: Any, task: str, *, folder: Path | None = Non
         cutting = Renderer(processor, task=task, max_length=longest, truncation="keep_start", **options)
         for spec in keep_sources(plan, task):
             rows = read_rows(plan, spec, split="keep", limit=data.keep_limit or recipe.evaluation.limit, task=task)
-            name = spec if isinstance(spec, str) and spec.startswith("lab:") else Path(str(spec)).stem
-            made.keep.append(Source(name, rows, prepare(rows, cutting, labels=labels)))
+            made.keep.append(Source(source_name(spec), rows, prepare(rows, cutting, labels=labels)))
     return made
+
+
+def source_name(spec: Any) -> str:
+    """A short name for reports: the lab task, or the file's name (its folder's where the file's tells nothing)."""
+    if not isinstance(spec, str | Path):
+        return "rows"
+    if str(spec).startswith("lab:"):
+        return str(spec)
+    path = Path(spec)
+    return path.parent.name if path.stem in TELLS_NOTHING and path.parent.name else path.stem
 
 
 def settings(plan: Any) -> None:
     """Threads, and an allocator that keeps its pages."""
     import torch
+    from transformers.utils import logging
 
     from luthier.engine.memory import keep_pages
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.disable_progress_bar()
     keep_pages()
     if plan.recipe.training.threads:
         torch.set_num_threads(plan.recipe.training.threads)

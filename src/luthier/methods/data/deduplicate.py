@@ -91,7 +91,8 @@ class Deduplicate:
         for name in columns or ():
             if name not in accepted:
                 raise UserError(
-                    f"deduplicate: unknown column '{name}'.{did_you_mean(name, accepted)} Accepted: {', '.join(accepted)}."
+                    f"deduplicate: unknown column '{name}'.{did_you_mean(name, accepted)} "
+                    f"Accepted: {', '.join(accepted)}."
                 )
         if mode == "near" and columns and not set(columns) & set(TEXTS):
             raise UserError("deduplicate: mode: near compares text; add a text column to columns, or use mode: exact.")
@@ -136,10 +137,10 @@ class Deduplicate:
                 joined = ["\n".join(t for t in texts[i] if t) for i in fresh]
                 any_text = any_text or any(joined)
                 found = signatures(joined, n=self.ngram, permutations=self.permutations, seed=self.seed)
-                for i, text, signature_P in zip(fresh, joined, found, strict=True):
+                for i, whole, signature_P in zip(fresh, joined, found, strict=True):
                     group = _digest([*(t.encode() for t in labels[i]), images[i]])
                     # Rows without text have nothing in common but their emptiness.
-                    if not text or near.add(signature_P, group):
+                    if not whole or near.add(signature_P, group):
                         kept.append(start + i)
                     else:
                         self.removed["near"] += 1

@@ -4,12 +4,12 @@
 
 ``p_n`` [N] probability of each target, ``w_n`` [N] position weights, ``m_n`` 1 inside the threshold set and 0 outside
 (always 1 for members without a threshold). The members of f and their view as a weighted likelihood are in
-:mod:`luthier.functional.probability_losses`. With ``p`` or ``general`` (alpha > 0) unlikely and often noisy targets count
-less, which helps where the base model already gives the targets high probability; where it does not, ``nll`` learns
-more. The analysis ``continuum`` tells where a model and a dataset lie, and ``auto`` acts on it.
+:mod:`luthier.functional.probability_losses`. With ``p`` or ``general`` (alpha > 0) unlikely and often noisy targets
+count less, which helps where the base model already gives the targets high probability; where it does not, ``nll``
+learns more. The analysis ``continuum`` tells where a model and a dataset lie, and ``auto`` acts on it.
 
-A threshold also takes tokens out of the denominator (``denominator: kept``). Position weights of transforms or selectors
-multiply the numerator; they enter the denominator only with ``denominator: weights``.
+A threshold also takes tokens out of the denominator (``denominator: kept``). Position weights of transforms or
+selectors multiply the numerator; they enter the denominator only with ``denominator: weights``.
 
 Paper: "Beyond Log Likelihood: Probability-Based Objectives for Supervised Fine-Tuning across the Model Capability
 Continuum", 2025, arXiv 2510.00526. Official repository: GaotangLi/Beyond-Log-Likelihood. The released trainer averages
@@ -81,21 +81,31 @@ class BeyondLogLikelihood:
             Literal["kept", "all", "weights"],
             Field(description="count of kept tokens, of all tokens, or the sum of position weights of kept tokens"),
         ] = "kept",
-        micro_mean: Annotated[bool, Field(description="average the means of micro-batches, as the released code")] = False,
+        micro_mean: Annotated[
+            bool, Field(description="average the means of micro-batches, as the released code")
+        ] = False,
         auto: Annotated[bool, Field(description="measure the base model first and choose p or nll by it")] = False,
-        strong_from: Annotated[float, Field(ge=0, le=1, description="auto: mean p from which a model is strong")] = STRONG_FROM,
-        weak_up_to: Annotated[float, Field(ge=0, le=1, description="auto: mean p up to which a model is weak")] = WEAK_UP_TO,
+        strong_from: Annotated[
+            float, Field(ge=0, le=1, description="auto: mean p from which a model is strong")
+        ] = STRONG_FROM,
+        weak_up_to: Annotated[
+            float, Field(ge=0, le=1, description="auto: mean p up to which a model is weak")
+        ] = WEAK_UP_TO,
     ) -> None:
         self.denominator, self.micro_mean = denominator, micro_mean
         self.auto, self.strong_from, self.weak_up_to = auto, strong_from, weak_up_to
         self.custom: TokenFunction | None = None
         self.member: Member | None = None
         if auto and (objective != "p" or alpha is not None or q is not None or custom is not None):
-            raise UserError("beyond-log-likelihood: auto chooses the member itself; remove objective, alpha, q and custom.")
+            raise UserError(
+                "beyond-log-likelihood: auto chooses the member itself; remove objective, alpha, q and custom."
+            )
         if auto and not weak_up_to < strong_from:
             raise UserError("beyond-log-likelihood: weak_up_to must be smaller than strong_from.")
         if (objective == "custom") != (custom is not None):
-            raise UserError("beyond-log-likelihood: 'objective: custom' and 'custom: file.py:name' go together; give both.")
+            raise UserError(
+                "beyond-log-likelihood: 'objective: custom' and 'custom: file.py:name' go together; give both."
+            )
         if custom is not None:
             if alpha is not None or q is not None:
                 raise UserError("beyond-log-likelihood: a custom f has no alpha and no q; remove them.")
@@ -128,15 +138,15 @@ class BeyondLogLikelihood:
         )
 
     def prepare(self, ctx: Context, dataset: Any) -> None:
-        """With ``auto``: score the training rows with the model as it stands and choose the member. Once, before step 0."""
+        """With ``auto``: score the training rows with the model as it stands and choose the member, before step 0."""
         if not self.auto or self.member is not None:
             return
         found = choose(ctx.score(dataset), strong_from=self.strong_from, weak_up_to=self.weak_up_to)
         self.member = found.member
         ctx.log(continuum_mean_p=found.mean_p, continuum_prior_leaning=float(self.member.prior_leaning))
         logger.info(
-            "beyond-log-likelihood auto: mean target probability %.3f over %d tokens is %s (strong from %g, weak up to %g); "
-            "using '%s'. %s.",
+            "beyond-log-likelihood auto: mean target probability %.3f over %d tokens is %s (strong from %g, weak up "
+            "to %g); using '%s'. %s.",
             *(found.mean_p, found.n, found.position, found.strong_from, found.weak_up_to, self.member),
             found.recommendation,
         )
@@ -184,7 +194,7 @@ class BeyondLogLikelihood:
         raise LuthierError("beyond-log-likelihood: auto has not measured the model yet; name a member instead of auto.")
 
     def _watch(self, logp_N: torch.Tensor, ctx: Context) -> None:
-        """Warn where this member cannot learn: a weak model under a prior-leaning loss, or clamped log-probabilities."""
+        """Warn where this member cannot learn: weak model and prior-leaning loss, or clamped log-probabilities."""
         member = self.member
         if member is None:
             return
@@ -234,7 +244,8 @@ def load_function(reference: str) -> TokenFunction:
         if not path.is_file():
             raise UserError(f"custom: no file {place} (from '{reference}').")
         spec = importlib.util.spec_from_file_location(f"luthier_custom_{path.stem}", path)
-        assert spec and spec.loader
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     else:

@@ -79,7 +79,9 @@ class HalfFineTuning:
         split_fused: Annotated[
             bool, Field(description="choose q, k, v (gate, up) of a fused matrix one by one")
         ] = True,
-        mask_seed: Annotated[int | None, Field(ge=0, description="seed of the choice; the run's seed by default")] = None,
+        mask_seed: Annotated[
+            int | None, Field(ge=0, description="seed of the choice; the run's seed by default")
+        ] = None,
         fixed_selection: Annotated[
             str | list[str] | None,
             Field(description="attention, ffn, lower, upper, alternate, or a list of module names (* allowed)"),
@@ -147,14 +149,14 @@ class HalfFineTuning:
                 parameter.grad.mul_(mask)
                 self._kept[name] = parameter.detach().clone()
 
-    @torch.no_grad()
     def on_step(self, model: torch.nn.Module, ctx: Context) -> None:
         """Put held entries back (weight decay and old momentum move them), and draw a new choice when it is due."""
         if self._kept:
             named = dict(model.named_parameters())
-            for name, before in self._kept.items():
-                parameter = named[name]
-                parameter.copy_(torch.where(self._mask(name, parameter), parameter, before))
+            with torch.no_grad():
+                for name, before in self._kept.items():
+                    parameter = named[name]
+                    parameter.copy_(torch.where(self._mask(name, parameter), parameter, before))
             self._kept = {}
         ctx.log(**self._shares)
         self._steps += 1
@@ -170,7 +172,7 @@ class HalfFineTuning:
             self._left = (self._left | trained) - {n for n, p in model.named_parameters() if p.requires_grad}
 
     def state(self) -> dict[str, Any]:
-        """Settings, position, the chosen units, and the tensors that an earlier choice trained and this one does not."""
+        """Settings, position, the chosen units, and the tensors that only an earlier choice trained."""
         named = dict(self._applied().named_parameters()) if self._left else {}
         return {
             "left": {name: named[name].detach() for name in sorted(self._left)},
@@ -190,8 +192,8 @@ class HalfFineTuning:
         for key, value in self._settings().items():
             if state["settings"].get(key) != value:
                 raise UserError(
-                    f"half-ft: the checkpoint was trained with {key} = {state['settings'].get(key)!r}, this recipe says "
-                    f"{value!r}. Resume with the same options, or start a new run."
+                    f"half-ft: the checkpoint was trained with {key} = {state['settings'].get(key)!r}, this recipe "
+                    f"says {value!r}. Resume with the same options, or start a new run."
                 )
         self._stage, self._round, self._steps = int(state["stage"]), int(state["round"]), int(state["steps"])
         self._choose()
@@ -249,7 +251,7 @@ class HalfFineTuning:
 
     def _draw(self) -> set[str]:
         everything = {u.name for u in self._units}
-        if self.level == "element" or self.fraction == 1.0 and self.fixed_selection is None:
+        if self.level == "element" or (self.fraction == 1.0 and self.fixed_selection is None):
             return everything
         number = self._stage + self._round
         if isinstance(self.fixed_selection, list):
@@ -263,7 +265,11 @@ class HalfFineTuning:
             return chosen
         if self.fixed_selection == "alternate":
             first = selection.select(
-                self._units, self.fraction, stream(self._seed, "init", "half-ft"), level=self.level, balance=self.balance
+                self._units,
+                self.fraction,
+                stream(self._seed, "init", "half-ft"),
+                level=self.level,
+                balance=self.balance,
             )
             return first if number % 2 == 0 else everything - first
         if self.fixed_selection is not None:
@@ -324,7 +330,8 @@ class HalfFineTuning:
 
     def _outside(self, model: torch.nn.Module) -> dict[str, bool]:
         """For tensors in no block: whether they are trained. Heads that are not the language model's always are."""
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        find: Any = getattr(model, "get_output_embeddings", None)
+        head = find() if find is not None else None
         words = {id(p) for p in head.parameters()} if head is not None else set()
         for module in model.modules():
             if isinstance(module, torch.nn.Embedding):
@@ -340,7 +347,7 @@ class HalfFineTuning:
         return found
 
     def _find_fused(self, model: torch.nn.Module) -> dict[str, Fused]:
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         kind = getattr(config, "model_type", "")
         heads = int(getattr(config, "num_attention_heads", 0) or 0)
@@ -359,7 +366,13 @@ class HalfFineTuning:
             fused = None
             if kind not in _UNKNOWN_LAYOUT:
                 fused = selection.fused_rows(
-                    path, weight.shape[dim], heads=heads, kv_heads=kv_heads, head_dim=head_dim, per_head=per_head, dim=dim
+                    path,
+                    weight.shape[dim],
+                    heads=heads,
+                    kv_heads=kv_heads,
+                    head_dim=head_dim,
+                    per_head=per_head,
+                    dim=dim,
                 )
             if fused is None:
                 warnings.warn(f"half-ft: the layout of the fused {path} is not known; it is one unit.", stacklevel=3)

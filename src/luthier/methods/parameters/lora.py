@@ -165,4 +165,6 @@ def block_targets(model: torch.nn.Module) -> list[str]:
 def heads(model: torch.nn.Module) -> list[str]:
     """Names of the modules outside the backbone that hold weights: a classification head."""
     backbone = getattr(model, "base_model_prefix", "")
-    return [name for name, child in model.named_children() if name != backbone and any(True for _ in child.parameters())]
+    return [
+        name for name, child in model.named_children() if name != backbone and any(True for _ in child.parameters())
+    ]

@@ -24,9 +24,7 @@ from luthier.core.protocols import Batch, Context
 from luthier.core.registry import selection
 
 
-def mean_loss(
-    logp_N: torch.Tensor, weight_N: torch.Tensor, sequence_N: torch.Tensor, examples: int
-) -> torch.Tensor:
+def mean_loss(logp_N: torch.Tensor, weight_N: torch.Tensor, sequence_N: torch.Tensor, examples: int) -> torch.Tensor:
     """Weighted mean of -logp per example [B], in nats; -inf for an example without supervised weight."""
     weight_N = weight_N.to(logp_N.dtype)
     total_B = torch.zeros(examples, dtype=logp_N.dtype, device=logp_N.device)
@@ -70,5 +68,7 @@ class LossTopK:
             loss_B = mean_loss(logp_N, batch.weight_N, batch.sequence_N, batch.examples)
             index_b = highest(loss_B, self.keep).to(batch.row_B.device)
             if bool(loss_B.isfinite().all()):
-                ctx.log(selected_loss=float(loss_B[index_b.to(loss_B.device)].mean()), offered_loss=float(loss_B.mean()))
+                ctx.log(
+                    selected_loss=float(loss_B[index_b.to(loss_B.device)].mean()), offered_loss=float(loss_B.mean())
+                )
         return index_b, torch.ones(index_b.numel(), device=batch.weight_N.device)

@@ -3,8 +3,8 @@
     x'_j = corruption token  with probability r,  else x_j        for solution tokens j
     loss = -sum_j log p(x_j | x'_<j)                              over all j, corrupted or not
 
-Unable to lean on the nearest words, the model looks back to the question and to earlier steps. ``r`` grows linearly to
-``rate_max`` over the first ``rate_warmup`` of the steps: r(step) = min(rate_max, rate_max * step / (total * warmup + 1)).
+Unable to lean on the nearest words, the model looks back to the question and to earlier steps. ``r`` grows linearly
+over the first ``rate_warmup`` of the steps: r(step) = min(rate_max, rate_max * step / (total * rate_warmup + 1)).
 The corruption token is a mask token (``mask``), a uniformly random ordinary token (``random``), a mix of both, or the
 model's own prediction (``predict``). Masking the question (``where: source``) is known to hurt and is there for
 comparison. Special tokens other than the end of sequence are never corrupted. Padding is known by the attention mask,
@@ -50,7 +50,7 @@ def corrupt(
     rate: float,
     replacement_BT: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """New token ids [B, T], replaced where a candidate's uniform number is below ``rate``, and where that was (bool)."""
+    """New token ids [B, T], replaced where a candidate's number is below ``rate``, and where that was (bool)."""
     corrupted_BT = candidates_BT & (uniform_BT < rate)
     return torch.where(corrupted_BT, replacement_BT, ids_BT), corrupted_BT
 
@@ -66,10 +66,10 @@ def last_occurrence(ids: Sequence[int], patterns: Sequence[Sequence[int]]) -> in
 @transform(
     "masked-thought",
     identity={"rate_max": 0.0},
-    example={"rate_max": 0.3, "rate_schedule": "constant", "corruption": "random"},
+    example={"rate_max": 0.3, "rate_schedule": "constant", "mask_token": "pad"},
     tasks=("causal-lm",),
-    paper="Masked Thought: Simply Masking Partial Reasoning Steps Can Improve Mathematical Reasoning Learning of Language "
-    "Models, 2024, arXiv 2403.02178",
+    paper="Masked Thought: Simply Masking Partial Reasoning Steps Can Improve Mathematical Reasoning Learning of "
+    "Language Models, 2024, arXiv 2403.02178",
 )
 class MaskedThought:
     """Masked thought: corrupt part of the solution's input tokens and still learn all of its labels."""
@@ -85,7 +85,8 @@ class MaskedThought:
             Literal["linear", "constant", "random"],
             Field(description="grow to rate_max, stay at it, or draw each step's rate from 0 to it"),
         ] = "linear",
-        rate_warmup: Annotated[float, Field(ge=0, le=1, description="fraction of the steps over which it grows")] = 2 / 3,
+        rate_warmup: Annotated[float, Field(ge=0, le=1, description="fraction of the steps over which it grows")] = 2
+        / 3,
         rate_warmup_examples: Annotated[
             int | None, Field(ge=1, description="grow over this many examples (all processes) instead")
         ] = None,
@@ -102,15 +103,19 @@ class MaskedThought:
             Literal["target", "reasoning", "source", "all"],
             Field(description="solution, solution before the answer marker, question, or both"),
         ] = "target",
-        answer_marker: Annotated[str, Field(min_length=1, description="where: reasoning, what opens the answer")] = "####",
+        answer_marker: Annotated[
+            str, Field(min_length=1, description="where: reasoning, what opens the answer")
+        ] = "####",
         drop_attention: Annotated[bool, Field(description="hide corrupted positions from attention")] = False,
-        exclude_ids: Annotated[list[int], Field(description="further token ids that are never corrupted or drawn")] = [],
+        exclude_ids: Annotated[
+            list[int] | None, Field(description="further token ids that are never corrupted or drawn")
+        ] = None,
         seed: Annotated[int, Field(ge=0, description="another draw of the noise under the same run seed")] = 0,
     ) -> None:
         self.rate_max, self.rate_schedule, self.rate_warmup = rate_max, rate_schedule, rate_warmup
         self.rate_warmup_examples, self.corruption, self.mix_rho = rate_warmup_examples, corruption, mix_rho
         self.mask_token, self.where, self.answer_marker = mask_token, where, answer_marker
-        self.drop_attention, self.exclude_ids, self.seed = drop_attention, list(exclude_ids), seed
+        self.drop_attention, self.exclude_ids, self.seed = drop_attention, list(exclude_ids or []), seed
         self._mask_id: int | None = None
         self._allowed: torch.Tensor | None = None
         self._markers: list[list[int]] | None = None
@@ -206,7 +211,8 @@ class MaskedThought:
         self._seen += examples * processes
 
     def _candidates(self, batch: Batch, ctx: Context) -> torch.Tensor:
-        assert batch.adjustable_BT is not None and batch.supervised_BT is not None
+        assert batch.adjustable_BT is not None
+        assert batch.supervised_BT is not None
         ids_BT = batch.inputs["input_ids"]
         if self.where == "all":
             chosen_BT = batch.adjustable_BT

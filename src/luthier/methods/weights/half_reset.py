@@ -53,9 +53,7 @@ def half_reset(
     balance: str = "count",
 ) -> dict[str, torch.Tensor]:
     """The state dict in which a random share of the block tensors of ``tuned`` is replaced by those of ``base``."""
-    names = reset_names(
-        {n: tuple(t.shape) for n, t in base.items()}, fraction, seed=seed, level=level, balance=balance
-    )
+    names = reset_names({n: tuple(t.shape) for n, t in base.items()}, fraction, seed=seed, level=level, balance=balance)
     return {name: base[name] if name in names else tensor for name, tensor in tuned.items()}
 
 

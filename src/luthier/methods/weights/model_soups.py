@@ -10,8 +10,8 @@ one. ``include_base`` adds the base itself as an ingredient: with one run this i
 the tuned model (WiSE-FT). Integer buffers come from the first ingredient. Do not choose on the test set.
 
 Paper: "Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference
-time", ICML 2022, arXiv 2203.05482. Official repository: mlfoundations/model-soups. Its greedy pass accepts strictly better
-soups (``accept: gt``); the paper's text writes >= (``accept: ge``).
+time", ICML 2022, arXiv 2203.05482. Official repository: mlfoundations/model-soups. Its greedy pass accepts strictly
+better soups (``accept: gt``); the paper's text writes >= (``accept: ge``).
 
 Example::
 
@@ -35,7 +35,7 @@ from luthier.core.rng import numpy_stream
 from luthier.functional.averaging import Average, first_mismatch, greedy, learn_mixture, mean, ranked
 
 
-class _Lazy(Mapping[str, torch.Tensor]):
+class _Lazy(Mapping[str, "torch.Tensor"]):
     """A source as a mapping whose tensors are read when asked for."""
 
     def __init__(self, source: Any) -> None:
@@ -68,12 +68,15 @@ class ModelSoups:
             Literal["uniform", "greedy", "learned", "learned-by-tensor"], Field(description="how the weights are found")
         ] = "uniform",
         ingredients: Annotated[
-            list[str], Field(description="further model folders, fine-tuned from the same base; this run is one already")
-        ] = [],
+            list[str] | None,
+            Field(description="further model folders, fine-tuned from the same base; this run is one already"),
+        ] = None,
         include_base: Annotated[bool, Field(description="the base is an ingredient too")] = False,
         coefficients: Annotated[
             dict[str, float] | None,
-            Field(description="uniform: weight of each ingredient by label (tuned, base, or the folder); made to sum to 1"),
+            Field(
+                description="uniform: weight of each ingredient by label (tuned, base, or the folder); made to sum to 1"
+            ),
         ] = None,
         accept: Annotated[Literal["gt", "ge"], Field(description="greedy: strictly better, or not worse")] = "gt",
         order: Annotated[Literal["best", "random", "given"], Field(description="greedy: order of the pass")] = "best",
@@ -86,9 +89,10 @@ class ModelSoups:
     ) -> None:
         if coefficients is not None and method != "uniform":
             raise UserError(f"model-soups: coefficients belong to method: uniform, not to {method}.")
-        if len(set(ingredients)) != len(ingredients):
+        self.ingredients = list(ingredients or [])
+        if len(set(self.ingredients)) != len(self.ingredients):
             raise UserError("model-soups: an ingredient is named twice.")
-        self.method, self.ingredients, self.include_base = method, list(ingredients), include_base
+        self.method, self.include_base = method, include_base
         self.coefficients, self.accept, self.order, self.direction = coefficients, accept, order, direction
         self.learning_rate, self.epochs, self.seed = learning_rate, epochs, seed
         # What was done, for the run's JSON: ingredients, scores, log and final coefficients.
@@ -221,4 +225,3 @@ def tempered_loss(
 
     logp_N = out.over_vocabulary(logp)
     return -(logp_N * batch.weight_N).sum(), float(batch.weight_N.sum())
-
