@@ -36,6 +36,43 @@ METRICS = {
 }
 
 
+SOURCE = {
+    "name": "train",
+    "layout": "pair",
+    "read": {"rejected": {}},
+    "prepared": {
+        "rows": 1_234_567,
+        "kept": 1_234_566,
+        "nothing_to_learn": 1,
+        "tokens": 9,
+        "supervised_tokens": 8,
+        "lengths": {"p50": 3, "p99": 4, "max": 5},
+        "examples": {"nothing_to_learn": ["f:7"]},
+    },
+}
+CHECK = {
+    "task": "causal-lm",
+    "model": {"id": "m", "parameters": 5, "max_length": None},
+    "data": {"train": SOURCE, "test": None, "keep": [SOURCE | {"name": "text"}]},
+    "steps": 3,
+    "estimate": {
+        "memory": {"weights": 2**20, "total": 2**31, "total_gib": 2.0},
+        "seconds": 150.0,
+        "notes": ["a remark"],
+    },
+    "methods": {
+        **{axis: [{"name": "sft", "options": {}}] for axis in ("objective", "parameters")},
+        **{axis: {"name": "greedy", "options": {}} for axis in ("procedure", "decoding")},
+        "transforms": [],
+        "stages": [],
+        "weights": [],
+        "analysis": [],
+        "selection": None,
+        "verifier": None,
+    },
+}
+
+
 @pytest.fixture
 def api(monkeypatch, tmp_path):
     """Stand-ins that remember how they were called."""
@@ -53,7 +90,7 @@ def api(monkeypatch, tmp_path):
     fake = SimpleNamespace(
         calls=calls,
         train=remember("train", run),
-        check=remember("check", {"task": "causal-lm", "steps": 3, "data": {"rows": 1234567, "names": {"a": [1]}}}),
+        check=remember("check", CHECK),
         evaluate=remember("evaluate", {"model": "m", **METRICS["after"], "harness": {"arc": {"acc": 0.5}}}),
         generate=lambda model, prompts, **keys: (
             calls.update(generate=(model, prompts, keys)) or ["an [answer]"] * len(prompts)
@@ -105,9 +142,12 @@ def test_only_the_first_process_prints(api, capsys, monkeypatch):
 def test_check(api, capsys):
     assert cli.run(["check", "r.yaml"]) == 0
     out = capsys.readouterr().out
-    assert "1,234,567" in out
+    for words in ("1,234,567", "memory  about 2.00 GiB: weights 1.0 MiB", "time    about 2 min", "a remark"):
+        assert words in out
+    assert "note: train: 1 rows (0.0%) without a supervised token, left out: f:7\n" in out
+    assert "note: text: 1 rows" in out
     assert cli.run(["check", "r.yaml", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["data"]["rows"] == 1234567
+    assert json.loads(capsys.readouterr().out) == CHECK
 
 
 def test_evaluate(api, capsys):
@@ -197,25 +237,39 @@ def test_quickstart_deletes_nothing_of_the_users(api, capsys):
 
 
 def test_show_data(api, capsys, monkeypatch):
-    from rich.text import Text
-
-    rows = [{"source": "f.jsonl", "row": i, "text": f"row {i}"} for i in range(1, 6)]
-    prepared = SimpleNamespace(report=SimpleNamespace(to_dict=lambda: {"truncated": 0}))
-    api.prepare_data = lambda plan: (SimpleNamespace(dataset=rows), "renderer", prepared)
-    fake = SimpleNamespace(
-        coloured=lambda renderer, row: Text(f"<{row['text']}>"),
-        spans_json=lambda renderer, row: {"row": row["row"]},
+    rows = [{"source": "f.jsonl", "row": i} for i in range(1, 6)]
+    report = SimpleNamespace(
+        to_dict=lambda: {"rows": 8, "truncated": 2, "supervised_lost": 30, "examples": {"truncated": ["f:1"]}}
     )
+    read = SimpleNamespace(
+        to_dict=lambda: {"rejected": {"empty": 3}, "reject_file": "rejects.jsonl", "duplicated_rows": 1}
+    )
+    api.prepare_data = lambda plan: (
+        SimpleNamespace(dataset=rows, report=read),
+        "renderer",
+        SimpleNamespace(report=report),
+    )
+    tokens = [("<s>", False, "prompt"), ("a", False, "prompt"), ("b", True, "completion"), ("c", True, "completion")]
+
+    def account(renderer, row):
+        about = {"row": row["row"], "source": "f.jsonl", "kind": "pair", "length": 4, "supervised": 2, "label": "x"}
+        return about | {"tokens": [{"text": t, "supervised": s, "origin": o} for t, s, o in tokens]}
+
+    fake = SimpleNamespace(coloured=lambda renderer, row: None, spans_json=account)
     monkeypatch.setattr(luthier.data, "inspect", fake, raising=False)
     monkeypatch.setitem(sys.modules, "luthier.data.inspect", fake)
     assert cli.run(["show-data", "r.yaml", "--rows", "2", "--start", "1"]) == 0
     out = capsys.readouterr().out
-    assert "<row 2>" in out
-    assert "<row 3>" in out
-    assert "<row 4>" not in out
-    assert "truncated" in out
+    assert "f.jsonl, row 2 (pair): 4 tokens, 2 supervised\n[prompt] <s>a[completion] ⟦bc⟧\nlabel: x\n" in out
+    assert "row 3" in out
+    assert "row 4" not in out
+    assert "note: train: 3 rows left out: empty; listed in rejects.jsonl\n" in out
+    assert "note: train: 2 rows (25.0%) cut at the maximal length, which loses 30 supervised tokens: f:1\n" in out
+    assert "note: train: 1 rows said before\n" in out
     assert cli.run(["show-data", "r.yaml", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"] == [{"row": 1}, {"row": 2}, {"row": 3}]
+    found = json.loads(capsys.readouterr().out)
+    assert [row["row"] for row in found["rows"]] == [1, 2, 3]
+    assert found["prepared"]["truncated"] == 2
     assert cli.run(["show-data", "r.yaml", "--start", "5"]) == 2
     assert "there are 5 rows" in capsys.readouterr().err
 

@@ -68,6 +68,8 @@ def test_output_takes_the_folder_of_a_nameless_file(tmp_path):
         ),
         ("trainign: {}", 5, ["trainign", "Did you mean 'training'?"]),
         ("num_train_epochs: 3", 5, ["'training.epochs'"]),
+        ("training: {num_train_epochs: 3}", 5, ["training.num_train_epochs", "'training.epochs'"]),
+        ("1: 3", 5, ["1"]),
         ("epochs: 3", 5, ["Did you mean 'training.epochs'?"]),
         ("training:\n  schedule: cosin", 6, ["'cosin' is not accepted", "Did you mean 'cosine'?", "linear, constant"]),
         ("training:\n  learning_rate: 0", 6, ["training.learning_rate", "must be greater than 0", "not 0"]),
@@ -83,7 +85,7 @@ def test_output_takes_the_folder_of_a_nameless_file(tmp_path):
             5,
             ["training.batch_tokens: batch_rows and batch_tokens exclude each other"],
         ),
-        ("seed: 1\ntraining: {early_stopping: {}}", 6, ["training.early_stopping: watches the loss on data.test"]),
+        ("seed: 1\ntraining: {early_stopping: {}}", 6, ["training.early_stopping: watches the loss on data.select"]),
         ("training: 3", 5, ["training: must be a mapping of keys to values, not 3"]),
         ("evaluation: {generate: maybe}", 5, ["evaluation.generate", "Accepted: auto, true, false"]),
         ("seed: -1", 5, ["seed: must be at least 0, not -1"]),
@@ -252,6 +254,7 @@ def test_dump_loads_to_the_same_recipe(tmp_path, extra):
     recipe = load({"model": {"id": "lab:nano", "dtype": "float32"}, "data": data, **extra})
     again = load(write(tmp_path, dump(recipe)))
     assert again.model_dump() == recipe.model_dump()
+    assert dump(again) == dump(recipe)
     assert list(again.model_dump())[:3] == ["luthier", "model", "data"]
     assert dump(recipe).startswith("luthier: 1\nmodel:\n  id: lab:nano\n")
 

@@ -21,7 +21,9 @@ from luthier.data.roles import (
     tools_json,
 )
 
-_MESSAGE = pa.struct([(name, pa.string()) for name in ("role", "content", "from", "value")])
+_TEXTS = [(name, pa.string()) for name in ("role", "content", "from", "value")]
+# Tool calls are looked at row by row; here it only matters whether there are any.
+_MESSAGE = pa.struct([*_TEXTS, ("tool_calls", pa.list_(pa.struct([])))])
 _KNOWN_ROLES = pa.array([r for r in ROLE_OF if r != "function_call"])
 
 Messages = list[dict[str, Any]]
@@ -46,6 +48,7 @@ def conversations(columns: Columns, column: str, problems: Problems, *, answered
     content = pc.coalesce(flat.field("content"), flat.field("value"))
     good = pc.and_kleene(pc.is_in(role, _KNOWN_ROLES), pc.not_equal(pc.utf8_trim_whitespace(content), ""))
     good = pc.and_kleene(good, pc.invert(pc.match_substring(content, "\x00")))
+    good = pc.and_kleene(good, flat.field("tool_calls").is_null())
     canonical = pc.and_kleene(pc.is_in(role, pa.array(CANONICAL)), flat.field("role").is_valid())
     canonical = pc.and_kleene(canonical, pc.and_kleene(flat.field("from").is_null(), flat.field("value").is_null()))
     size = len(values)

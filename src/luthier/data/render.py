@@ -239,7 +239,7 @@ class Renderer:
         return found
 
     def _join(self, parts: list[list[int]], *, eos: bool) -> list[int]:
-        ids = [token for part in parts for token in part]
+        ids = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         if self.encoder.adds_bos and ids[:1] != [self.encoder.bos]:
             ids = [self.encoder.bos, *ids]
         if eos and self.add_eos and self.encoder.eos is not None and ids[-1:] != [self.encoder.eos]:

@@ -62,6 +62,10 @@ def _message(message: Any, field: str) -> dict[str, Any]:
     rest = {k: v for k, v in message.items() if k not in ("role", "from", "content", "value") and v is not None}
     if role == "function_call" and content is not None:
         rest["tool_calls"], content = _calls(content, f"{field}.{content_key}"), None
+    if rest.get("tool_calls"):
+        if not isinstance(rest["tool_calls"], list):
+            raise BadConversation(f"{field}.tool_calls", "is not a list", "Expected a list of calls.", message)
+        rest["tool_calls"] = [_with_arguments(c, f"{field}.tool_calls") for c in rest["tool_calls"]]
     if content is None and not (known == "assistant" and rest.get("tool_calls")):
         fix = "Only a message of the assistant with tool_calls may have no content."
         raise BadConversation(f"{field}.{content_key}", "the content is null", fix, message)
@@ -88,6 +92,22 @@ def _calls(content: str, field: str) -> list[dict[str, Any]]:
     except ValueError as error:
         raise BadConversation(field, "the function call is not JSON", "Expected {name, arguments}.", content) from error
     return [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
+
+
+def _with_arguments(call: Any, field: str) -> dict[str, Any]:
+    """The call with its arguments as an object: some files write them as JSON text, which templates would quote."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not function.get("name"):
+        raise BadConversation(field, "a tool call has no name", "Expected {function: {name, arguments}}.", call)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError as error:
+            fix = "Expected the JSON of an object."
+            raise BadConversation(field, "the arguments of a tool call are not JSON", fix, arguments) from error
+    function = {**function, "arguments": {} if arguments is None else arguments}
+    return {**call, "function": function} if "function" in call else {"type": "function", "function": function}
 
 
 def check_answerable(messages: list[dict[str, Any]], field: str) -> None:

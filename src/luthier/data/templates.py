@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -132,6 +133,8 @@ class ChatTemplate:
                 **self.tokenizer.special_tokens_map,
             )
         except (TemplateError, TypeError) as error:
+            if (as_text := _arguments_as_text(messages)) != messages:
+                return self._render(as_text, tools, prompt, markers)
             raise UserError(
                 f"the chat template refuses the conversation: {error}. Choose another `data.template`."
             ) from error
@@ -241,6 +244,19 @@ def _shown(messages: Messages) -> Messages:
 def _as_parts(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     return message if content is None else {**message, "content": [{"type": "text", "text": content}]}
+
+
+def _arguments_as_text(messages: Messages) -> Messages:
+    """The messages with the arguments of tool calls as JSON text, which some templates want."""
+
+    def told(call: dict[str, Any]) -> dict[str, Any]:
+        function = call.get("function") or {}
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            return call
+        return {**call, "function": {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}}
+
+    return [{**m, "tool_calls": [told(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages]
 
 
 def _merged(spans: list[Span]) -> list[Span]:

@@ -113,6 +113,19 @@ MAKINGS: dict[str, Making] = {
         probes=_probes(0.6, 1.0),
         about="2M parameters, some five minutes",
     ),
+    "vision-nano": Making(
+        task="image-classification",
+        config={"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96},
+        data="lab:pictures?n=6000&difficulty=1",
+        files=("pictures",),
+        training={"learning_rate": 2e-3, "batch_rows": 32, "warmup": 0.1, "epochs": 3.0},
+        probes={
+            "clean shapes": Probe("pictures", {"difficulty": "1"}, 0.7, 1.0),
+            "shapes in some noise": Probe("pictures", {"difficulty": "2"}, 0.2, 0.8),
+            "shapes in strong noise": Probe("pictures", {"difficulty": "3"}, 0.1, 0.6),
+        },
+        about="0.1M parameters, some seconds",
+    ),
 }
 
 
@@ -196,15 +209,16 @@ def fresh(name: str, target: Path, seed: int) -> None:
     """Write the untrained model of a base, a function of the seed, with its tokenizer or image processor."""
     import torch
 
+    from luthier.models.save import save
+
     making = _making(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "init", name))
-        model, processor = _untrained(making)
-    model.save_pretrained(target)
-    processor.save_pretrained(target)
+        model, processor = (_untrained_text if making.task == "causal-lm" else _untrained_vision)(making)
+    save(model, processor, target)
 
 
-def _untrained(making: Making) -> tuple[Any, Any]:
+def _untrained_text(making: Making) -> tuple[Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from luthier.lab.tokenizer import tokenizer
@@ -222,6 +236,29 @@ def _untrained(making: Making) -> tuple[Any, Any]:
         **making.config,
     )
     return LlamaForCausalLM(config), words
+
+
+def _untrained_vision(making: Making) -> tuple[Any, Any]:
+    from transformers import ViTConfig, ViTForImageClassification
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    from luthier.lab.pictures import SHAPES, SIZE
+
+    labels = sorted(SHAPES)
+    config = ViTConfig(
+        image_size=SIZE,
+        patch_size=4,
+        initializer_range=0.04,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        id2label=dict(enumerate(labels)),
+        label2id={name: i for i, name in enumerate(labels)},
+        **making.config,
+    )
+    processor = ViTImageProcessorPil(
+        size={"height": SIZE, "width": SIZE}, do_resize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return ViTForImageClassification(config), processor
 
 
 def make(name: str, target: Path) -> None:
@@ -264,18 +301,37 @@ def _train(name: str, scratch: Path, seed: int) -> Path:
 
 
 def measure(name: str, model: Path) -> dict[str, Any]:
-    """The competence of a model folder on a base's probes, by greedy generation, on test rows."""
+    """The competence of a model folder on a base's probes: greedy answers (or the likeliest class) on test rows."""
+    making = _making(name)
+    rows = {key: lab.dataset(p.task, split="test", n=p.n, **p.options) for key, p in making.probes.items()}
+    asked = [row for some in rows.values() for row in some]
+    answers = iter(_generated(model, asked) if making.task == "causal-lm" else _classified(model, asked))
+    found = {}
+    for key, probe in making.probes.items():
+        right = [lab.verify(probe.task, row, next(answers)) for row in rows[key]]
+        found[key] = {**asdict(probe), "value": sum(right) / len(right), "n": len(right)}
+    return found
+
+
+def _generated(model: Path, rows: list[lab.Row]) -> list[str]:
     from luthier.runs import api
 
-    probes = _making(name).probes
-    rows = {key: lab.dataset(p.task, split="test", n=p.n, **p.options) for key, p in probes.items()}
-    prompts = [row["prompt"] for asked in rows.values() for row in asked]
-    answers = iter(api.generate(model, prompts, max_new_tokens=48))
-    found = {}
-    for key, probe in probes.items():
-        right = [lab.verify(probe.task, row, next(answers)) for row in rows[key]]
-        found[key] = {"value": sum(right) / len(right), "n": len(right), **asdict(probe)}
-    return found
+    return api.generate(model, [row["prompt"] for row in rows], max_new_tokens=48)
+
+
+def _classified(model: Path, rows: list[lab.Row]) -> list[str]:
+    import torch
+
+    from luthier.models.load import load
+    from luthier.tasks import get_task
+
+    loaded = load(model, task="image-classification")
+    names = loaded.model.config.id2label
+    task = get_task("image-classification", loaded.processor)
+    batch = task.collate({"image": [row["image"] for row in rows], "label": [0] * len(rows)}, range(len(rows)))
+    with torch.no_grad():
+        logits_BV = task.encode(loaded.model.eval(), batch).logits_NV
+    return [names[i] for i in logits_BV.argmax(-1).tolist()]
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def make(
             else:
                 words = texts[i].split(" ")
                 opening, rest = " ".join(words[:3]), " " + " ".join(words[3:])
-                rows.append({"prompt": opening, "completion": rest, "content": texts[i], **about})
+                rows.append({"prompt": opening, "completion": rest, "verifier": "lab", "content": texts[i], **about})
         return rows
 
     rows = draw(n, rng, [propose], key="text" if layout == "text" else "content")

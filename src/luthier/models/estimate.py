@@ -1,29 +1,29 @@
 """Memory and time of a training run, estimated from config.json and the data's lengths before any weight is loaded.
 
-Memory, in bytes, with P weights, P_t of them trained, b bytes per weight, and a micro-batch of R rows padded to T tokens
-(RT tokens, N of them supervised)::
+Memory, in bytes, with P weights, P_t of them trained, b bytes per weight, and a micro-batch of R rows padded to T
+tokens, N of them supervised::
 
-    weights      P b                         + P_t b for a copy of the base where a reference model is asked for
+    weights      P b, and P_t b for a copy of the base where a reference model is asked for
     gradients    P_t b
     optimiser    8 P_t (AdamW: two moments in float32), 4 P_t (SGD with momentum)
-    activations  a RT (L (9 H + 2 H_kv + 4 I) + working set), a = 4 bytes (2.4 under bf16 autocast)
-                 working set: 4 I + 4 H, the gradients that live while one layer is walked back
-                 with gradient checkpointing L (...) becomes L H + (9 H + 2 H_kv + 4 I), one layer at a time
-                 eager attention adds 3 a R T^2 heads per layer; other attention R T^2 for the mask
+    activations  a R T (L K + 4 I + 4 H) + 4 L R T^2, a = 4 bytes (2.4 under bf16 autocast)
+                 K = 9 H + 2 H_kv + 4 I; with gradient checkpointing L K becomes L H + K and L T^2 becomes T^2
+                 attention that keeps its weights (eager, or with dropout) adds 3 a L R T^2 heads
     head         the logit buffer (at most 64 MiB on a CPU, 512 MiB elsewhere, or head_chunk rows)
-                 + 4 (V H + 3 N H) for the gradients it forms
-                 objectives that are no sum over positions keep up to 256 MiB (2 GiB) of logits more
+                 + 4 (V H + 3 N H) for the gradients it forms; an objective that is no sum over positions keeps up
+                 to 256 MiB (2 GiB elsewhere) of logits more
 
-9 H + 2 H_kv + 4 I counts, per token and layer, what a pre-norm decoder layer keeps for its backward pass: two norms (3 H
-each: input, normalised, scaled), queries, attention output before and after reordering (3 H), keys and values (2 H_kv),
-and the four tensors of a gated MLP. L layers, H hidden, H_kv = H kv_heads / heads, I intermediate, V vocabulary.
+K counts, per token, what a pre-norm decoder layer keeps for its backward pass: two norms (3 H each: input, normalised,
+scaled), queries, attention output before and after reordering (3 H), keys and values (2 H_kv), and the four tensors of
+a gated MLP. 4 I + 4 H are the gradients that live while one layer is walked back, T^2 the float mask of each layer.
+L layers, H hidden, H_kv = H kv_heads / heads, I intermediate, V vocabulary.
 
 Time, in seconds, is floating-point operations over (matrix peak measured here x :data:`ACHIEVED`). Per token read::
 
-    forward     2 P_body + 4 L T H / 2        (P_body: weights without embeddings; attention looks back T / 2 on average)
-    backward    the same once more to pass through, and P_t / P times once more for the weights
-    checkpoint  one more forward
-    head        6 V H per supervised token
+    forward      2 P_body + 2 L T H, P_body being the weights without embeddings; attention looks back T / 2 on average
+    backward     the same once more to pass through, and P_t / P times once more for the weights
+    checkpoint   one more forward
+    head         6 V H per supervised token
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 
 from luthier.core.rng import stream
-from luthier.models.info import ModelInfo
+from luthier.models.info import ModelInfo, base_folder, read_json
 
 # Share of the matrix peak that a whole step reaches; small models reach less, so their time is underestimated.
 ACHIEVED = 0.6
@@ -104,7 +104,7 @@ def training_memory(
     reference: bool = False,
     positionwise: bool = True,
     head_chunk: int | None = None,
-    eager: bool = False,
+    keeps_attention: bool = False,
     device: str = "cpu",
 ) -> Memory:
     """The module's formula.
@@ -113,7 +113,8 @@ def training_memory(
         info: the model.
         trained: number of trained weights.
         parameters: number of weights with adapters; by default those of the files.
-        rows, length: the largest micro-batch.
+        rows: rows of the largest micro-batch.
+        length: tokens per row of it.
         supervised: supervised tokens in it; by default all.
         optimizer: ``adamw`` or ``sgd``.
         weight_bytes: bytes per weight in memory.
@@ -122,7 +123,7 @@ def training_memory(
         reference: whether a copy of the trained weights is kept for a reference model.
         positionwise: whether the objective is a sum over positions.
         head_chunk: rows of the logit buffer; by default as many as fill it.
-        eager: eager attention, which keeps the attention weights.
+        keeps_attention: whether attention keeps its weights (eager, or with dropout).
         device: ``cpu`` or ``cuda``.
     """
     total = info.parameters if parameters is None else parameters
@@ -130,12 +131,11 @@ def training_memory(
     narrow = info.hidden * info.key_value_heads // max(info.heads, 1)
     wide = info.intermediate or 4 * info.hidden
     layer = 9 * info.hidden + 2 * narrow + 4 * wide
-    kept = info.layers * info.hidden + layer if checkpointing else info.layers * layer
-    activations = value * tokens * (kept + 4 * wide + 4 * info.hidden)
-    if eager:
-        activations += 3 * value * rows * length**2 * info.heads * (1 if checkpointing else info.layers)
-    else:
-        activations += rows * length**2
+    layers = 1 if checkpointing else info.layers
+    kept = layers * layer + (info.layers * info.hidden if checkpointing else 0)
+    activations = value * tokens * (kept + 4 * wide + 4 * info.hidden) + 4.0 * layers * rows * length**2
+    if keeps_attention:
+        activations += 3 * value * layers * rows * length**2 * info.heads
     head = 0.0
     if info.vocabulary:
         found = tokens if supervised is None else supervised
@@ -206,7 +206,7 @@ def count_trained(info: ModelInfo, plan: Any) -> tuple[int, int, str]:
     import torch
     import transformers
 
-    from luthier.models.load import AUTO_CLASSES, base_folder
+    from luthier.models.load import AUTO_CLASSES
 
     config = transformers.AutoConfig.from_pretrained(base_folder(info))
     task = plan.task if plan.task in AUTO_CLASSES else info.task or "causal-lm"
@@ -227,6 +227,12 @@ def count_trained(info: ModelInfo, plan: Any) -> tuple[int, int, str]:
         )
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     return sum(sizes[n] for n in opened), sum(sizes.values()), ""
+
+
+def _attention_dropout(info: ModelInfo) -> bool:
+    """Whether attention weights are dropped in training, which needs them in memory."""
+    config = read_json(base_folder(info) / "config.json")
+    return any(config.get(k) for k in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"))
 
 
 def largest_micro_batch(lengths: np.ndarray, training: Any) -> tuple[int, int]:
@@ -272,7 +278,7 @@ def estimate(info: ModelInfo, plan: Any, prepared: Any, steps: int, *, measure: 
         reference=any("reference" in n.models for n in needs),
         positionwise=all(choice.needs.positionwise for choice in plan.objective),
         head_chunk=training.head_chunk,
-        eager=plan.recipe.model.attention == "eager",
+        keeps_attention=plan.recipe.model.attention == "eager" or _attention_dropout(info),
         device=device,
     )
     per_step = training.batch_tokens or training.batch_rows * float(lengths.mean())

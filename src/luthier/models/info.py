@@ -228,6 +228,11 @@ def inspect(spec: str | Path, *, revision: str | None = None) -> ModelInfo:
     )
 
 
+def base_folder(info: ModelInfo) -> Path:
+    """Where config.json is: the model's folder, or that of an adapter's base."""
+    return resolve(info.base) if info.base else info.folder
+
+
 def adapter_base(folder: Path) -> str | Path:
     """The base of an adapter folder: as written, or relative to the adapter when such a folder is there.
 

@@ -24,7 +24,6 @@ __all__ = [
     "TASKS",
     "Loaded",
     "ModelInfo",
-    "base_folder",
     "fingerprint",
     "inspect",
     "load",
@@ -77,11 +76,6 @@ class Loaded:
     labels: tuple[str, ...] = ()
     base: Path | None = None
     notes: tuple[str, ...] = ()
-
-
-def base_folder(info: ModelInfo) -> Path:
-    """Where config.json is: the model's folder, or that of an adapter's base."""
-    return resolve(info.base) if info.base else info.folder
 
 
 def load(

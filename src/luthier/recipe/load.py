@@ -34,8 +34,8 @@ def load(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
     stem = ""
     if isinstance(source, Recipe):
         places, folder = dict(source._places), source._folder
-        data: Any = source.model_dump(exclude={"data": {"train", "test", "keep"}})
-        data["data"] |= {key: getattr(source.data, key) for key in ("train", "test", "keep")}
+        data: Any = source.model_dump(exclude={"data": {"train", "test", "select", "keep"}})
+        data["data"] |= {key: getattr(source.data, key) for key in ("train", "test", "select", "keep")}
     elif isinstance(source, Mapping):
         data = {"luthier": VERSION, **_copied(source)}
     else:
@@ -60,11 +60,12 @@ def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every key with its value; loading it gives the same recipe."""
     from ruamel.yaml import YAML
 
-    data = recipe.model_dump(exclude={"data": {"train", "test", "keep"}})
+    data = recipe.model_dump(exclude={"data": {"train", "test", "select", "keep"}})
     keep = recipe.data.keep
     sources = {
         "train": _named(recipe.data.train),
         "test": _named(recipe.data.test),
+        "select": _named(recipe.data.select),
         "keep": [_named(k) for k in keep] if isinstance(keep, list) else keep,
     }
     data["data"] = {**sources, **data["data"]}
@@ -143,7 +144,7 @@ def found(text: str, folder: Path | None) -> str:
 def _resolve_paths(recipe: Recipe) -> None:
     folder = recipe.folder
     recipe.model.id = found(recipe.model.id, folder)
-    for key in ("train", "test", "keep", "template"):
+    for key in ("train", "test", "select", "keep", "template"):
         value = getattr(recipe.data, key)
         if isinstance(value, str):
             setattr(recipe.data, key, found(value, folder))

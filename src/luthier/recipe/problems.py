@@ -164,7 +164,7 @@ def _text(kind: str, item: Mapping[str, Any], schema: type[BaseModel], inside: K
     if kind == "recipe":
         return str(context["text"])
     if kind == "extra_forbidden":
-        return _unknown_key(str(inside[-1]), _model_at(schema, inside[:-1]), top=schema is Recipe)
+        return _unknown_key(str(inside[-1]), _model_at(schema, inside[:-1]), schema, top=len(inside) == 1)
     if kind == "missing":
         return f"is missing.{_meaning(_model_at(schema, inside[:-1]), str(inside[-1]))}"
     if kind in {"literal_error", "enum"}:
@@ -184,13 +184,12 @@ def _text(kind: str, item: Mapping[str, Any], schema: type[BaseModel], inside: K
     return f"{text[:1].lower()}{text[1:]} (given: {_shown(given)})"
 
 
-def _unknown_key(key: str, model: type[BaseModel] | None, *, top: bool) -> str:
+def _unknown_key(key: str, model: type[BaseModel] | None, schema: type[BaseModel], *, top: bool) -> str:
     accepted = list(model.model_fields) if model else []
     near = did_you_mean(key, accepted)
-    if key in FOREIGN and top:
-        target = FOREIGN[key]
-        near = f" Luthier's key for it is '{target}'."
-    elif not near and top:
+    if schema is Recipe and key in FOREIGN:
+        near = f" Luthier's key for it is '{FOREIGN[key]}'."
+    elif schema is Recipe and top and not near:
         owners = [
             f"{outer}.{key}"
             for outer, info in Recipe.model_fields.items()

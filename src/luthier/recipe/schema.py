@@ -151,6 +151,9 @@ class Data(_Strict):
     test: Annotated[Any, BeforeValidator(lambda v: None if v is None else _rows(v))] = Field(
         None, description="held-out rows of the target task"
     )
+    select: Annotated[Any, BeforeValidator(lambda v: None if v is None else _rows(v))] = Field(
+        None, description="held-out rows for choices on the way (early stopping, weight operations); test when absent"
+    )
     keep: Annotated[Any, BeforeValidator(_keep)] = Field(
         "default", description="general material on which forgetting is measured: default, sources, or none"
     )
@@ -222,7 +225,7 @@ class Training(_Strict):
     @model_validator(mode="after")
     def _one_batch_size(self) -> Training:
         if self.batch_rows is not None and self.batch_tokens is not None:
-            raise _problem("batch_rows and batch_tokens exclude each other; keep one", "batch_tokens")
+            raise _problem("batch_rows and batch_tokens exclude each other; set one of them to null", "batch_tokens")
         if self.batch_rows is None and self.batch_tokens is None:
             self.batch_rows = 16
         return self
@@ -280,8 +283,8 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _stopping_needs_rows(self) -> Recipe:
-        if self.training.early_stopping and self.data.test is None:
-            raise _problem("watches the loss on data.test, which is not set", "training", "early_stopping")
+        if self.training.early_stopping and self.data.test is None and self.data.select is None:
+            raise _problem("watches the loss on data.select or data.test; neither is set", "training", "early_stopping")
         return self
 
     @property

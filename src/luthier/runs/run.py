@@ -123,10 +123,10 @@ class Workshop:
         session = self.session(model, stack)
         if self.plan.task == "causal-lm" and not self.processes.sharded:
             verify_head(session)
-        test, rows = self.data.test, self.plan.recipe.evaluation.batch_rows
+        watched, rows = self.data.select or self.data.test, self.plan.recipe.evaluation.batch_rows
         evaluate: Callable[[], dict[str, float]] | None = None
-        if test is not None:
-            evaluate = lambda: quick_loss(session, test.prepared, rows)  # noqa: E731
+        if watched is not None:
+            evaluate = lambda: quick_loss(session, watched.prepared, rows)  # noqa: E731
         trainer = Trainer(session, source.prepared, training, folder=self.folder, evaluate=evaluate)
         trackers = self._trackers()
         with TrainProgress(trainer.total, quiet=self.quiet or not self.processes.main) as progress:

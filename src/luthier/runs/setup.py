@@ -32,10 +32,18 @@ class Source:
 
 @dataclass
 class Data:
-    """The data of a run; ``train`` is what a procedure trains on."""
+    """The data of a run.
+
+    Attributes:
+        train: what a procedure trains on.
+        test: held-out rows of the target task, for the final numbers.
+        select: held-out rows for choices made on the way (early stopping, weight operations); ``test`` when absent.
+        keep: material on which forgetting is measured.
+    """
 
     train: Source
     test: Source | None = None
+    select: Source | None = None
     keep: list[Source] = field(default_factory=list)
     renderer: Any = None
     labels: tuple[str, ...] = ()
@@ -52,8 +60,9 @@ class Data:
             }
 
         found: dict[str, Any] = {"train": one(self.train)}
-        if self.test:
-            found["test"] = one(self.test)
+        for name in ("test", "select"):
+            if source := getattr(self, name):
+                found[name] = one(source)
         found["keep"] = [one(s) for s in self.keep]
         return found
 
@@ -143,13 +152,15 @@ def load_data(plan: Any, processor: Any, task: str, *, folder: Path | None = Non
         renderer=renderer,
         labels=labels,
     )
-    if data.test is not None:
-        rows = read_rows(plan, data.test, split="test", limit=data.test_limit or recipe.evaluation.limit, task=task)
+    for name in ("test", "select"):
+        if (spec := getattr(data, name)) is None:
+            continue
+        rows = read_rows(plan, spec, split=name, limit=data.test_limit or recipe.evaluation.limit, task=task)
         if unknown := sorted(set(rows.labels or ()) - set(labels)):
             raise UserError(
-                f"data.test has labels that data.train has not: {', '.join(unknown[:5])}. Use the same label names."
+                f"data.{name} has labels that data.train has not: {', '.join(unknown[:5])}. Use the same label names."
             )
-        made.test = Source("test", rows, prepare(rows, renderer, labels=labels, columns=columns))
+        setattr(made, name, Source(name, rows, prepare(rows, renderer, labels=labels, columns=columns)))
     if keep:
         # Material on which forgetting is measured may be longer than the model reads: its start is enough.
         cutting = Renderer(processor, task=task, max_length=longest, truncation="keep_start", **options)
