@@ -38,7 +38,7 @@ class Turns:
         self.lengths: list[list[int]] = []
         self.supervised: list[int] = []
         self.loaded = 0.0
-        self.begin = 0.0
+        self.begin = self.begin_cpu = 0.0
 
     @staticmethod
     def peak() -> float:
@@ -54,16 +54,21 @@ class Turns:
     def _wait(self) -> None:
         if self.pipe.recv() == "stop":
             os._exit(0)  # trainers offer no clean way out of their loops
-        self.begin = time.perf_counter()
+        self.begin, self.begin_cpu = time.perf_counter(), time.process_time()
 
     def step(self, lengths: list[int], supervised: int) -> None:
         """One optimiser step is done."""
         self.lengths.append(lengths)
         self.supervised.append(supervised)
         if len(self.lengths) == self.steps:
-            seconds = time.perf_counter() - self.begin
             self.pipe.send(
-                {"seconds": seconds, "lengths": self.lengths, "supervised": self.supervised, "peak": self.peak()}
+                {
+                    "seconds": time.perf_counter() - self.begin,
+                    "cpu_seconds": time.process_time() - self.begin_cpu,
+                    "lengths": self.lengths,
+                    "supervised": self.supervised,
+                    "peak": self.peak(),
+                }
             )
             self.lengths, self.supervised = [], []
             self._wait()

@@ -31,8 +31,10 @@ class Size:
         return 4 * self.hidden**2 + 3 * self.hidden * self.inner
 
     def flops(self, lengths: list[int], supervised: int) -> float:
-        """Matrix-product operations a training step cannot avoid: forward and twice that backward, no padding,
-        attention over the causal half, the head at supervised positions alone."""
+        """Operations in the matrix products that a training step cannot avoid.
+
+        Forward and twice that backward, no padding, attention over the causal half, the head at supervised positions.
+        """
         linear = 6 * self.layers * self.matrices() * sum(lengths)
         attention = 6 * self.layers * self.hidden * sum(n * n for n in lengths)
         return linear + attention + 6 * self.vocabulary * self.hidden * supervised

@@ -24,10 +24,11 @@ from typing import Any
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
 
 import torch
-from contestants import Job, work
-from material import SIZES, write
 from rich.console import Console
 from rich.table import Table
+
+from contestants import Job, work
+from material import SIZES, write
 
 LABELS = {
     "luthier": "Luthier",
@@ -62,6 +63,7 @@ class Entry:
     turns: list[dict[str, Any]] = field(default_factory=list)
 
     def take_turn(self, keep: bool) -> None:
+        """Let it work while all others wait."""
         self.pipe.send("go")
         reply = self._answer()
         if keep:
@@ -77,10 +79,12 @@ class Entry:
         """Tokens per second of every turn (padding does not count)."""
         return [sum(map(sum, t["lengths"])) / t["seconds"] for t in self.turns]
 
-    def total_speed(self) -> float:
-        return sum(sum(map(sum, t["lengths"])) for t in self.turns) / sum(t["seconds"] for t in self.turns)
+    def total_speed(self, clock: str = "seconds") -> float:
+        """Tokens per second over all turns, by wall clock or by ``cpu_seconds`` of all threads."""
+        return sum(sum(map(sum, t["lengths"])) for t in self.turns) / sum(t[clock] for t in self.turns)
 
     def milliseconds(self) -> list[float]:
+        """Time of a step in every turn."""
         return [1e3 * t["seconds"] / len(t["lengths"]) for t in self.turns]
 
     def flops(self, size: Any) -> list[float]:
@@ -133,6 +137,7 @@ def summary(name: str, entries: list[Entry]) -> dict[str, Any]:
         peak = [p["bf16" if "bf16" in key else "fp32"] for p in peaks]
         rows[key] = {
             "tokens_per_second": entry.total_speed(),
+            "tokens_per_cpu_second": entry.total_speed("cpu_seconds"),
             "tokens_per_second_by_round": entry.speeds(),
             "milliseconds_per_step": spread(entry.milliseconds()),
             "gflops": spread(entry.flops(size)),
@@ -171,12 +176,13 @@ def show(name: str, result: dict[str, Any], console: Console) -> None:
         title=f"{name} ({result['parameters'] / 1e6:.1f}M parameters); matrix products: "
         f"fp32 {peak['fp32']['median']:.0f}, bf16 {peak['bf16']['median']:.0f} GFLOP/s"
     )
-    for column in ("", "tokens/s", "ms/step", "share of peak", "peak MB", "of it training"):
+    for column in ("", "tokens/s", "tokens/CPU s", "ms/step", "share of peak", "peak MB", "of it training"):
         table.add_column(column, justify="left" if not column else "right")
     for key, row in result["contestants"].items():
         table.add_row(
             LABELS[key],
             f"{row['tokens_per_second']:.0f}",
+            f"{row['tokens_per_cpu_second']:.0f}",
             f"{row['milliseconds_per_step']['median']:.1f}",
             f"{row['share_of_matrix_peak']['median']:.0%}",
             f"{row['peak_memory_mb']:.0f}",

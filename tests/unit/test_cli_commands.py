@@ -109,7 +109,17 @@ def test_train(api, capsys):
     assert plan.recipe.training.epochs == 3
     assert keys == {"resume": True, "quiet": False}
     out = capsys.readouterr().out
-    for word in ("loss", "before", "after", "2", "1", "runs/x/model", "runs/x/report.html", "steps"):
+    for word in (
+        "loss ↓",
+        "before",
+        "after",
+        "2 [1.9, 2.1]",
+        "1 [0.9, 1.1]",
+        "nats",
+        "runs/x/model",
+        "report.html",
+        "steps",
+    ):
         assert word in out
 
 

@@ -49,7 +49,8 @@ def console() -> Console:
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError  # not a failure: see main
 
-    return Pipe(highlight=False)
+    # A pipe has no width; a wide one keeps each row of a table on its line.
+    return Pipe(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def jsonable(value: Any) -> Any:
@@ -102,7 +103,7 @@ def number(value: Any, digits: int = 4) -> str:
     if isinstance(value, float):
         if not math.isfinite(value):
             return str(value)
-        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.{digits}g}"
+        return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.{digits}g}"
     return str(value)
 
 
@@ -116,67 +117,65 @@ def is_metric(value: Any) -> bool:
     return isinstance(value, Mapping) and "value" in value
 
 
-def show_metrics(out: Console, stages: Mapping[str, Mapping[str, Any]]) -> None:
-    """A table with a pair of columns (value, interval) per stage.
+Stages = Mapping[str, Mapping[str, Any]]
+
+
+def show_metrics(out: Console, stages: Stages) -> None:
+    """A table of metrics with a column per stage: value and confidence interval.
 
     Args:
         out: where to print.
         stages: column title -> ``{group: {metric: {value, n, low, high, unit, direction}}}``; the rest is passed over.
     """
+
+    def cells(found: list[Any]) -> list[str]:
+        known = next(metric for metric in found if metric)
+        shown = [f"{number(m['value'])} [dim]{_interval(m)}[/dim]" if m else "-" for m in found]
+        return [*shown, number(known.get("n")), *([str(known.get("unit") or "")] if units else [])]
+
+    units = out.width >= 110
+    _metric_table(out, stages, cells, [*stages, "n", *(["unit"] if units else [])])
+
+
+def show_side_by_side(out: Console, runs: Stages) -> None:
+    """As :func:`show_metrics`, with a column per run, no intervals, and the best value of each row in bold."""
+
+    def cells(found: list[Any]) -> list[str]:
+        values = [m["value"] if m else None for m in found]
+        known = [v for v in values if isinstance(v, int | float)]
+        direction = next((m["direction"] for m in found if m and m.get("direction")), "")
+        best = {"higher": max, "lower": min}[direction](known) if known and direction else None
+        return [f"[bold]{number(v)}[/bold]" if v == best and v is not None else number(v) for v in values]
+
+    _metric_table(out, runs, cells, list(runs))
+
+
+def _metric_table(out: Console, stages: Stages, cells: Callable[[list[Any]], list[str]], columns: list[str]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(header_style="bold", box=None, pad_edge=False)
-    table.add_column("group")
-    table.add_column("metric")
-    for stage in stages:
-        table.add_column(stage, justify="right", no_wrap=True)
-        table.add_column("interval", justify="right", style="dim", no_wrap=True)
-    table.add_column("n", justify="right", style="dim")
-    table.add_column("better", style="dim")
+    table.add_column("")
+    for column in columns:
+        table.add_column(escape(column), justify="left" if column == "unit" else "right")
     last = ""
     for group, name in _metric_names(stages.values()):
         found = [(part.get(group) or {}).get(name) for part in stages.values()]
-        cells = [text for metric in found for text in (number(metric["value"]) if metric else "-", _interval(metric))]
-        known = next(metric for metric in found if metric)
-        unit = f" [dim]({known['unit']})[/dim]" if known.get("unit") else ""
-        n = number(known.get("n"))
-        table.add_row(group if group != last else "", name + unit, *cells, n, str(known.get("direction") or ""))
+        direction = next((m.get("direction") for m in found if m), "")
+        arrow = {"higher": " ↑", "lower": " ↓"}.get(direction or "", "")
+        if group != last:
+            table.add_row(f"[bold]{escape(group)}[/bold]")
+        table.add_row(f"  {escape(name.replace('_', ' '))}{arrow}", *cells(found))
         last = group
     out.print(table)
+    out.print("↓ less is better, ↑ more is better; in brackets the confidence interval", style="dim", soft_wrap=True)
 
 
-def show_side_by_side(out: Console, runs: Mapping[str, Mapping[str, Any]]) -> None:
-    """One column per run, one row per metric, the best value of each row in bold.
-
-    Args:
-        out: where to print.
-        runs: column title -> ``{group: {metric: {value, n, low, high, unit, direction}}}``.
-    """
-    from rich.table import Table
-
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    table.add_column("group")
-    table.add_column("metric")
-    for run in runs:
-        table.add_column(run, justify="right", overflow="fold")
-    table.add_column("better", style="dim")
-    last = ""
-    for group, name in _metric_names(runs.values()):
-        found = [(part.get(group) or {}).get(name) for part in runs.values()]
-        direction = next((m["direction"] for m in found if m and m.get("direction")), "")
-        values = [m["value"] if m else None for m in found]
-        known = [v for v in values if isinstance(v, int | float)]
-        best = {"higher": max, "lower": min}[direction](known) if known and direction else None
-        cells = [f"[bold]{number(v)}[/bold]" if v == best and best is not None else number(v) for v in values]
-        table.add_row(group if group != last else "", name, *cells, direction)
-        last = group
-    out.print(table)
-
-
-def _interval(metric: Mapping[str, Any] | None) -> str:
-    if not metric or metric.get("low") is None or metric.get("high") is None:
+def _interval(metric: Mapping[str, Any]) -> str:
+    if metric.get("low") is None or metric.get("high") is None:
         return ""
-    return f"{number(metric['low'], 3)} .. {number(metric['high'], 3)}"
+    # The bracket is escaped, or it would be read as markup.
+    return f"\\[{number(metric['low'], 3)}, {number(metric['high'], 3)}]"
 
 
 def _metric_names(parts: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:

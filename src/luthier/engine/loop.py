@@ -127,6 +127,8 @@ class Trainer:
         )
         session.total_steps = self.total = self.order.steps(training.epochs, training.max_steps)
         self.optimizer = make_optimizer(session.model, session.stack, training)
+        self._parameters = list(session.model.parameters())
+        self._opened = [p.requires_grad for p in self._parameters]
         self.best: float | None = None
         self.evaluations_without_gain = 0
         self.seen = {"tokens": 0, "supervised": 0, "rows": 0, "seconds": 0.0}
@@ -201,8 +203,7 @@ class Trainer:
         losses: list[Loss] = []
         for micro, batch in enumerate(batches):
             session.micro = micro
-            # Dropout draws from torch's global generator; seeded here it is a function of (seed, step, micro, rank).
-            torch.manual_seed(derive_seed(session.seed, "dropout", session.step, micro, session.processes.rank))
+            _seed_dropout(session, micro)
             with session.processes.last_backward(session.module, micro == len(batches) - 1):
                 loss = session.loss(batch)
                 losses.append(Loss(loss.sum.detach(), loss.weight, loss.unit, loss.metrics))
@@ -221,10 +222,11 @@ class Trainer:
         clip(grads, norm, training.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        trained = {id(p) for g in self.optimizer.param_groups for p in g["params"]}
         for method in session.stack.parameters:
             method.on_step(session.model, session)
-        if {id(p) for p in session.model.parameters() if p.requires_grad} != trained:
+        opened = [p.requires_grad for p in self._parameters]
+        if opened != self._opened:
+            self._opened = opened
             self.optimizer = rebuild(self.optimizer, session.model, session.stack, training)
         session.step += 1
         self._record(losses, batches, value, weight, norm, rate)
@@ -328,6 +330,7 @@ class Trainer:
                 target = own[name] if name in own else buffers[name]
                 target.copy_(processes.like(value, target))
         self.optimizer = make_optimizer(session.model, session.stack, self.training)
+        self._opened = [p.requires_grad for p in self._parameters]
         load_optimizer_state(self.optimizer, self._names(), optimizer, processes.like)
         session.step = state["step"]
         self.best, self.evaluations_without_gain = state["best"], state["evaluations_without_gain"]
@@ -403,6 +406,17 @@ class Trainer:
             raise Interrupted(f"stopped as asked after step {session.step} of {self.total}; continue with --resume.")
         session.model.eval()
         return {"steps": session.step, "total_steps": self.total, "stopped_early": done, **self.seen}
+
+
+def _seed_dropout(session: Session, micro: int) -> None:
+    """Dropout draws from torch's global generator; seeded here it is a function of (seed, step, micro, rank).
+
+    ``torch.manual_seed`` would do the same at a millisecond a call, for it also visits every device type.
+    """
+    seed = derive_seed(session.seed, "dropout", session.step, micro, session.processes.rank)
+    torch.default_generator.manual_seed(seed)
+    if session.device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:

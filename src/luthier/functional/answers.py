@@ -65,7 +65,7 @@ def boxed(text: str) -> str | None:
 
 
 _NUMBER = re.compile(
-    r"""(?<![\w.,])(?P<sign>[-+])?[ ]?[$€£¥]?[ ]?(?P<sign_after>-)?
+    r"""(?<![\w.])(?P<sign>[-+])?[ ]?[$€£¥]?[ ]?(?P<sign_after>-)?
         (?:\\[dt]?frac\{(?P<top>-?\d+)\}\{(?P<bottom>\d+)\}
         |(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)
          (?:[eE](?P<power>[+-]?\d{1,3})(?!\w)|[ ]?/[ ]?(?P<under>\d+)(?![\d/]))?)""",
@@ -137,20 +137,20 @@ def chosen_label(text: str, labels: Sequence[str], texts: Mapping[str, str] | No
     alone = re.compile(rf"\s*(?:the\s+)?(?:option|choice)?\s*[\s(\[*\"'`]*({one})(?![\w'])", re.IGNORECASE)
     exact = {label.casefold(): label for label in labels}
 
-    def at_start(part: str) -> str | None:
+    def at_start(part: str, article: str) -> str | None:
         match = alone.match(part)
         if match is None:
             return None
-        rest = part[match.end() :]
-        # "A dog ..." opens a sentence, it does not choose A.
-        sentence = match[0].strip() in ("A", "a", "I", "i") and re.match(r"[ ]+[a-z]", rest)
-        return None if sentence else exact[match[1].casefold()]
+        # "a dog" names a dog and not choice A; a capital inside a sentence is no article.
+        if match[1] in article and match[0].strip() == match[1] and re.match(r"[ ]+[a-z]", part[match.end() :]):
+            return None
+        return exact[match[1].casefold()]
 
     inside = boxed(text)
-    if inside is not None and (label := at_start(re.sub(r"\\text\w*\{|\}", " ", inside))):
+    if inside is not None and (label := at_start(re.sub(r"\\text\w*\{|\}", " ", inside), "AaIi")):
         return label
     for phrase in reversed(list(_PHRASE.finditer(text))):
-        if label := at_start(text[phrase.end() :]):
+        if label := at_start(text[phrase.end() :], "ai" if phrase[0].rstrip()[-1].isalpha() else "AaIi"):
             return label
     begins = re.compile(rf"\s*[(\[*]*({one})(?=[)\].:,*]|\s*$|\s*\n)", re.IGNORECASE).match(text)
     if begins:

@@ -35,7 +35,7 @@ Row = dict[str, Any]
 BASES = ("nano", "small", "vision-nano")
 
 # Files of this folder that are not tasks.
-_SUPPORT = ("base", "drawing", "tokenizer", "words")
+_SUPPORT = ("bases", "drawing", "tokenizer", "words")
 
 
 @dataclass(frozen=True)
@@ -144,14 +144,14 @@ def verify(name: str, row: Mapping[str, Any], completion: str) -> bool:
 
 
 def base(name: str = "nano", *, refresh: bool = False, progress: bool = True) -> Path:
-    """The folder of a pretrained base, made on first use and cached; see :func:`luthier.lab.base.base`."""
-    from luthier.lab.base import base as make
+    """The folder of a pretrained base, made on first use and cached; see :func:`luthier.lab.bases.base`."""
+    from luthier.lab.bases import base as make
 
     return make(name, refresh=refresh, progress=progress)
 
 
 def competence(name: str = "nano") -> dict[str, Any]:
-    """What a base can do, as measured when it was made; see :func:`luthier.lab.base.competence`."""
-    from luthier.lab.base import competence as read
+    """What a base can do, as measured when it was made; see :func:`luthier.lab.bases.competence`."""
+    from luthier.lab.bases import competence as read
 
     return read(name)

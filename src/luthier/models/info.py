@@ -200,8 +200,19 @@ def inspect(spec: str | Path, *, revision: str | None = None) -> ModelInfo:
     for info in shards.header.values():
         by_type[info.dtype] = by_type.get(info.dtype, 0) + info.numel
     stored = max(by_type, key=by_type.__getitem__, default="F32")
-    heads = int(config.get("num_attention_heads") or config.get("n_head") or 0)
     task = _task(architecture)
+
+    def size_of(*keys: str) -> int:
+        value = next((config[k] for k in keys if config.get(k) is not None), 0)
+        # Some architectures give one size per layer; the largest is what memory is for.
+        value = max(value) if isinstance(value, list) and value else value
+        if not isinstance(value, int):
+            raise UserError(
+                f"{keys[0]} must be a whole number, not {value!r}.", where=str(config_folder / "config.json")
+            )
+        return value
+
+    heads = size_of("num_attention_heads", "n_head")
     return ModelInfo(
         id=str(spec),
         folder=folder,
@@ -214,11 +225,11 @@ def inspect(spec: str | Path, *, revision: str | None = None) -> ModelInfo:
         vocabulary=config.get("vocab_size"),
         tokenizer_size=_tokenizer_size(folder) or _tokenizer_size(config_folder),
         max_length=min(limits, default=None),
-        hidden=int(config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 0),
-        layers=int(config.get("num_hidden_layers") or config.get("n_layer") or 0),
+        hidden=size_of("hidden_size", "n_embd", "d_model"),
+        layers=size_of("num_hidden_layers", "n_layer"),
         heads=heads,
-        key_value_heads=int(config.get("num_key_value_heads") or heads),
-        intermediate=int(config.get("intermediate_size") or config.get("n_inner") or 0),
+        key_value_heads=size_of("num_key_value_heads") or heads,
+        intermediate=size_of("intermediate_size", "n_inner"),
         labels=() if task in (None, "causal-lm") else _labels(config),
         special_tokens={k: config.get(f"{k}_token_id") for k in ("bos", "eos", "pad")},
         chat_template=bool(tokens.get("chat_template")) or (folder / "chat_template.jinja").is_file(),

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from luthier.core.errors import UserError, did_you_mean, missing_extra
 from luthier.core.rng import derive_seed
 from luthier.models.info import TASKS, ModelInfo, adapter_base, fingerprint, inspect, read_json, resolve
+from luthier.models.quiet import quiet
 from luthier.models.shards import Shards
 
 __all__ = [
@@ -127,7 +127,7 @@ def load(
         notes.append(f"stored as {info.dtype}, loaded as float32 (dtype: auto); dtype: bfloat16 halves the memory")
     from luthier.models.heads import fit_vocabulary, label_names
 
-    with _quiet():
+    with quiet():
         model = _open(info, body, chosen, dtype, attention, trust_remote_code, tuple(labels or ()), seed, notes)
         if chosen != "image-classification" and (added := fit_vocabulary(model, processor, seed)):
             notes.append(f"{added} rows were added to the embedding for tokens of the tokenizer that it did not have")
@@ -312,22 +312,6 @@ def _open_adapter(model: Any, folder: Path, base: Path) -> Any:
             where=str(folder),
         )
     return adapted
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without progress bars and load reports: what matters in them is in the notes and errors."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _one_line(error: BaseException) -> str:

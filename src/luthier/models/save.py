@@ -13,6 +13,7 @@ from typing import Any
 
 from luthier.core.store import atomic_folder, write_json
 from luthier.models.info import read_json
+from luthier.models.quiet import quiet
 
 # Settings of generation that only sampling reads; transformers refuses to save them beside do_sample: false.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -76,7 +77,8 @@ def write_model(
             if key not in cast:
                 cast[key] = tensor.to(kind) if tensor.is_floating_point() else tensor
             state[name] = cast[key]
-    model.save_pretrained(folder, state_dict=state)
+    with quiet():
+        model.save_pretrained(folder, state_dict=state)
     config = read_json(folder / "config.json")
     if dtype is not None:
         config["dtype"] = dtype

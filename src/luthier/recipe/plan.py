@@ -253,7 +253,9 @@ def method_options(
         try:
             method.build(values)
         except UserError as error:
-            raise UserError(f"{key_text(path)}: {error}" if path else str(error), where=where(path)) from error
+            # The path ends with the method's name, which its message may begin with.
+            said = str(error).removeprefix(f"{method.slug}: ")
+            raise UserError(f"{key_text(path)}: {said}" if path else said, where=where(path)) from error
     return values
 
 

@@ -26,7 +26,7 @@ from luthier.core.registry import reward
 from luthier.functional.answers import code_blocks, column
 
 
-def tests_of(row: Mapping[str, Any], name: str = "tests") -> str | None:
+def source_of_tests(row: Mapping[str, Any], name: str) -> str | None:
     """The tests of a row as one Python source, or None."""
     for key in (name, "test_list"):
         tests = column(row, key)
@@ -61,7 +61,7 @@ def python_tests(
     """Whether the program in the completion passes the row's tests, run in a sandbox."""
     from luthier.evaluation.sandbox import Limits, run_many
 
-    sources = [tests_of(row, tests) for row in rows]
+    sources = [source_of_tests(row, tests) for row in rows]
     programs = [
         (program_of(row, completion, with_prompt=with_prompt), source)
         for row, completion, source in zip(rows, completions, sources, strict=True)

@@ -100,7 +100,7 @@ MAKINGS: dict[str, Making] = {
         config={"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 192},
         data="lab:mixture?n=36000",
         files=_TEXT_FILES,
-        training={"learning_rate": 3e-3, "batch_tokens": 160, "warmup": 0.05, "beta2": 0.99},
+        training={"learning_rate": 3e-3, "batch_tokens": 160, "warmup": 0.05, "beta2": 0.99, "threads": 1},
         probes=_probes(0.3, 0.9),
         about="0.2M parameters, half a minute",
     ),
@@ -109,7 +109,7 @@ MAKINGS: dict[str, Making] = {
         config={"hidden_size": 160, "num_hidden_layers": 6, "num_attention_heads": 5, "intermediate_size": 432},
         data="lab:mixture?n=80000",
         files=_TEXT_FILES,
-        training={"learning_rate": 1.5e-3, "batch_tokens": 320, "warmup": 0.05, "beta2": 0.99},
+        training={"learning_rate": 1.5e-3, "batch_tokens": 320, "warmup": 0.05, "beta2": 0.99, "threads": 2},
         probes=_probes(0.6, 1.0),
         about="2M parameters, some five minutes",
     ),
@@ -118,7 +118,7 @@ MAKINGS: dict[str, Making] = {
         config={"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96},
         data="lab:pictures?n=6000&difficulty=1",
         files=("pictures",),
-        training={"learning_rate": 2e-3, "batch_rows": 32, "warmup": 0.1, "epochs": 3.0},
+        training={"learning_rate": 2e-3, "batch_rows": 32, "warmup": 0.1, "epochs": 1.0, "threads": 1},
         probes={
             "clean shapes": Probe("pictures", {"difficulty": "1"}, 0.7, 1.0),
             "shapes in some noise": Probe("pictures", {"difficulty": "2"}, 0.2, 0.8),
@@ -193,7 +193,7 @@ def _in_own_process(name: str, target: Path, progress: bool) -> None:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     environment["CUDA_VISIBLE_DEVICES"] = ""  # the bases are the CPU's on every machine
     done = subprocess.run(
-        [sys.executable, "-m", "luthier.lab.base", name, str(target)],
+        [sys.executable, "-m", "luthier.lab.bases", name, str(target)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=None if progress else subprocess.PIPE,
@@ -292,7 +292,7 @@ def _train(name: str, scratch: Path, seed: int) -> Path:
     recipe = {
         "model": {"id": str(scratch / "fresh"), "task": making.task},
         "data": {"train": making.data, "keep": "none"},
-        "training": {"threads": min(2, os.cpu_count() or 1), "precision": "fp32", "log_steps": 50, **making.training},
+        "training": {"precision": "fp32", "log_steps": 50, **making.training},
         "evaluation": {"before": False, "generate": False, "calibration": False},
         "output": str(scratch / "run"),
         "seed": seed,
