@@ -141,15 +141,15 @@ def test_nothing_kept_gives_zero_with_a_graph_and_no_nan():
 
 def test_a_dropped_infinite_token_leaves_no_trace():
     logp_N = torch.tensor([-0.1, -torch.inf], requires_grad=True)
-    loss = BeyondLogLikelihood(objective="top_logp-0.5").loss(KnownLogp(logp_N), position_batch(2), FakeContext(step=50))
+    loss = BeyondLogLikelihood(objective="top_logp-0.5").loss(
+        KnownLogp(logp_N), position_batch(2), FakeContext(step=50)
+    )
     loss.sum.backward()
     assert loss.sum.item() == pytest.approx(0.1)
     assert logp_N.grad.tolist() == [-1.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    ("denominator", "expected"), [("kept", 1.3 / 2), ("all", 1.3 / 3), ("weights", 1.3 / 5)]
-)
+@pytest.mark.parametrize(("denominator", "expected"), [("kept", 1.3 / 2), ("all", 1.3 / 3), ("weights", 1.3 / 5)])
 def test_position_weights_and_denominators(denominator, expected):
     # p = .9 .5 .05 and weights 3 2 7; kept are the first two: 3 * .1 + 2 * .5 = 1.3
     options = {"objective": "top_p-0.4", "denominator": denominator}
@@ -249,7 +249,9 @@ def test_what_it_tells_the_engine():
 
 def test_a_custom_function_from_the_users_file(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("def square(lp):\n    return lp ** 2\n\ndef wrong(lp):\n    return lp\n\ndef off(lp):\n    return 1 - lp\n")
+    file.write_text(
+        "def square(lp):\n    return lp ** 2\n\ndef wrong(lp):\n    return lp\n\ndef off(lp):\n    return 1 - lp\n"
+    )
     loss, logp_N = loss_of({"objective": "custom", "custom": f"{file}:square"}, [0.5, 0.25])
     assert loss.sum.item() == pytest.approx(math.log(2) ** 2 + math.log(4) ** 2)
     loss.sum.backward()

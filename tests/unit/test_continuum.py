@@ -29,7 +29,9 @@ def test_statistics_by_hand():
     assert found.standard_error == pytest.approx(p.std() / 2)
 
 
-@pytest.mark.parametrize(("p", "position", "member"), [(0.8, "strong", "p"), (0.3, "weak", "nll"), (0.6, "intermediate", "nll")])
+@pytest.mark.parametrize(
+    ("p", "position", "member"), [(0.8, "strong", "p"), (0.3, "weak", "nll"), (0.6, "intermediate", "nll")]
+)
 def test_positions_and_recommendations(p, position, member):
     found = diagnose(np.full(9, math.log(p)))
     assert (found.position, str(found.member)) == (position, member)

@@ -140,7 +140,7 @@ def test_a_template_that_rewrites_the_prompt_is_refused_with_two_ways_out():
 
 
 def test_dropped_reasoning_is_refused_and_stripping_helps():
-    keeps = REASONING.replace("assistant\\n<think>\\n", "assistant\\n")
+    keeps = REASONING.replace("assistant\n<think>\n", "assistant\n")
     row = chat(("user", "hi"), ("assistant", "<think>\na\n</think>\n\nx"), ("user", "b"), ("assistant", "y"))
     with pytest.raises(UserError, match="does not write message 2 as it was given"):
         causal(byte_level(template=keeps)).render(row)
@@ -276,10 +276,10 @@ def trl_templates():
 def test_templates_of_released_models(path):
     """With reasoning stripped every released template trains a pair, and generation starts from its prefix."""
     renderer = causal(byte_level(), template=str(path), thinking="strip")
-    rows = (PAIR, chat(("user", "hi"), ("assistant", "hello"), ("user", "more"), ("assistant", "bye")))
+    rows = (PAIR, chat(("user", "zebra"), ("assistant", "hello"), ("user", "more"), ("assistant", "bye")))
     for row, words in zip(rows, (["4"], ["hello", "bye"]), strict=True):
         said = supervised(renderer, row)
         assert len(said) == len(words)
-        assert all(w in s and "hi" not in s and "2+2" not in s for w, s in zip(words, said, strict=True))
+        assert all(w in s and "zebra" not in s and "2+2" not in s for w, s in zip(words, said, strict=True))
         prompt = renderer.prompt_ids(row)
         assert renderer.render(row).input_ids[: len(prompt)] == prompt

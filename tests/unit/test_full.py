@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from fakes import FakeContext
-from helpers import tiny_llama
 
+from helpers import tiny_llama
 from luthier.methods.parameters.full import Full
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections import Counter
@@ -11,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from fakes import FakeContext
-from helpers import make_session, random_rows, settings, tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from helpers import make_session, random_rows, settings, tiny_llama
 from luthier.core.errors import UserError
 from luthier.core.rng import stream
 from luthier.engine.loop import Trainer
@@ -25,9 +26,7 @@ from luthier.methods.parameters.half_ft import HalfFineTuning
 def llama(layers=4, heads=4, kv_heads=4, hidden=32, **about):
     torch.manual_seed(0)
     sizes = {"vocab_size": 32, "hidden_size": hidden, "intermediate_size": 48, "num_hidden_layers": layers}
-    return LlamaForCausalLM(
-        LlamaConfig(**sizes, num_attention_heads=heads, num_key_value_heads=kv_heads, **about)
-    )
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=heads, num_key_value_heads=kv_heads, **about))
 
 
 def shapes(model):
@@ -327,7 +326,7 @@ def test_resampling_within_a_run_holds_what_is_not_chosen_now(level):
     Trainer(session, random_rows(), settings(weight_decay=0.3, epochs=2)).run()
     history = [first, *seen]
     # step k is taken under the choice made at the end of step k - 1
-    for (chosen, masks, old), (_, _, new) in zip(history[:-1], history[1:], strict=True):
+    for (chosen, masks, old), (_, _, new) in itertools.pairwise(history):
         for unit in method._units:
             for name in unit.tensors:
                 moved = old[name] != new[name]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from fakes import FakeContext
-from helpers import tiny_llama
 
+from helpers import tiny_llama
 from luthier.core.errors import LuthierError, UserError
 from luthier.methods.weights.half_reset import HalfReset, half_reset
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from fakes import FakeContext
-from helpers import tiny_llama
 from peft import PeftModel
 
+from helpers import tiny_llama
 from luthier.core.errors import UserError
 from luthier.methods.parameters.lora import LowRankAdaptation, block_targets
 
@@ -30,7 +30,9 @@ def shake(model, scale=0.1):
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-@pytest.mark.parametrize("options", [{}, {"init": "gaussian"}, {"init": "orthogonal"}, {"dora": True}, {"rslora": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"init": "gaussian"}, {"init": "orthogonal"}, {"dora": True}, {"rslora": True}]
+)
 def test_training_starts_at_the_base_with_the_base_untouched(options):
     base = tiny_llama().eval()
     before = {n: p.detach().clone() for n, p in base.named_parameters()}
@@ -67,15 +69,12 @@ def test_the_init_stream_decides_and_the_global_generator_is_left_alone():
     def first(seed):
         return next(p.detach().clone() for n, p in adapted(seed=seed)[1].named_parameters() if "lora_A" in n)
 
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
     one = first(0)
-    # building the test's model itself draws, so only the second draw's equality to the first tells
-    torch.manual_seed(77)
     assert torch.equal(one, first(0))
     assert not torch.equal(one, first(1))
     model = tiny_llama()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
     torch.manual_seed(5)
     adapted(model=model)
     assert torch.equal(torch.rand(3), expected)

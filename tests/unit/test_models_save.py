@@ -163,8 +163,6 @@ def test_a_merge_that_differs_is_refused_and_leaves_nothing(tmp_path: Path, monk
     with pytest.raises(LuthierError, match=r"largest logit difference .* Nothing was written"):
         merging.merge(adapter, tmp_path / "merged", dtype="bfloat16", tolerance=1e-6)
     assert not (tmp_path / "merged").exists()
-    original = peft.PeftModel.merge_and_unload if hasattr(peft.PeftModel, "merge_and_unload") else None
-    assert original is None  # it is the tuner's method, which is what is broken next
     from peft.tuners.lora import LoraModel
 
     monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, **_: self.unload())

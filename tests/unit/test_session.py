@@ -215,3 +215,53 @@ def test_nothing_to_train_is_refused():
 
     with pytest.raises(UserError, match="leave nothing to train"):
         make_session(parameters=[Nothing()])
+
+
+class AtExit:
+    """The loss of an early exit."""
+
+    needs = Needs(hidden=True)
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def loss(self, out, batch, ctx):
+        return Loss(sum=-(out.exit(self.layer).logp_N * batch.weight_N).sum(), weight=batch.weight_N.sum())
+
+
+def test_an_exit_is_the_model_cut_after_that_block():
+    rows = random_rows(4)
+    for layer, blocks in ((2, 2), (1, 1)):
+        session = make_session(objective=AtExit(layer))
+        batch = session.task.collate(rows.fetch(range(4)), range(4))
+        found = session.loss(batch)
+        cut = tiny_llama()
+        cut.model.layers = cut.model.layers[:blocks]
+        wanted = make_session(cut).forward(batch, grad=False).logp_N
+        assert float(found.sum) == pytest.approx(-float(wanted.sum()), rel=1e-5)
+    with pytest.raises(UserError, match="no exit after block 3: the model has 2 blocks"):
+        make_session(objective=AtExit(3)).loss(batch)
+
+
+def test_every_token_has_its_own_hidden_state():
+    session, rows = make_session(objective=AtExit(1)), random_rows(3)
+    batch = session.task.collate(rows.fetch(range(3)), range(3))
+    whole = batch.every_token()
+    assert whole.position_N.numel() == int(rows.lengths.sum())
+    hidden_NH = session.forward(whole, grad=False).hidden(-1)
+    with torch.no_grad():
+        state = session.model.model(**batch.inputs, use_cache=False).last_hidden_state
+    wanted = torch.cat([state[b, : int(n)] for b, n in enumerate(rows.lengths)])
+    torch.testing.assert_close(hidden_NH, wanted)
+    ids = torch.cat([torch.from_numpy(i).long() for i in rows.ids])
+    starts = np.cumsum([0, *rows.lengths[:-1]])
+    inner = [n for n in range(len(ids)) if n + 1 not in {*starts.tolist(), len(ids)}]
+    assert torch.equal(whole.target_N[inner], ids[[n + 1 for n in inner]])
+
+
+def test_the_output_layer_makes_the_logits():
+    session = make_session()
+    weight_VH, bias_V, scale = session.output_layer()
+    assert weight_VH is session.model.lm_head.weight
+    assert bias_V is None
+    assert scale == 1.0

@@ -103,6 +103,26 @@ class Batch:
             columns=columns,
         )
 
+    def every_token(self) -> Batch:
+        """The same rows with a position at every real token instead of at the targets; padding is left out.
+
+        The hidden state at position n is that of token n itself. ``target_N`` is the next token (the token itself at
+        the end of a row) and serves no loss; columns named ``*_N`` are dropped.
+        """
+        ids_BT, mask_BT = self.inputs["input_ids"], self.inputs["attention_mask"].bool()
+        example_N, token_N = torch.nonzero(mask_BT, as_tuple=True)
+        width = ids_BT.shape[1]
+        last_N = token_N + 1 >= mask_BT.sum(1)[example_N]
+        return replace(
+            self,
+            position_N=example_N * width + token_N,
+            target_N=ids_BT[example_N, torch.where(last_N, token_N, (token_N + 1).clamp(max=width - 1))],
+            weight_N=torch.ones_like(example_N, dtype=torch.float32),
+            sequence_N=example_N,
+            columns={k: v for k, v in self.columns.items() if not k.endswith("_N")},
+            keys_B=None,
+        )
+
     def take(self, index_b: torch.Tensor, weight_b: torch.Tensor | None = None) -> Batch:
         """The batch of some of its examples, in the given order, position weights multiplied by ``weight_b``.
 
@@ -168,6 +188,12 @@ class Outputs(Protocol):
 
     def hidden(self, layer: int = -1) -> torch.Tensor:
         """[N, H] hidden states at the supervised positions; -1 is the last layer (after the final norm)."""
+
+    def exit(self, layer: int) -> Outputs:
+        """The outputs of the sub-model that ends after block ``layer`` (1 is the first): same final norm, same head.
+
+        ``needs.hidden`` must be set. The last block's exit is the model itself.
+        """
 
     def over_vocabulary(self, fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """``fn(logits_CV, index_C) -> [C]`` or ``[C, ...]`` applied chunk by chunk; the results joined to N.
@@ -235,6 +261,7 @@ class Context(Protocol):
     processor: Any
     device: torch.device
     totals: dict[str, float]
+    model: Any
 
     def forward(
         self,
@@ -255,6 +282,12 @@ class Context(Protocol):
 
     def generate(self, prompts: Sequence[Any], *, samples: int = 1, **options: Any) -> list[list[Completion]]:
         """Let the policy write ``samples`` completions per prompt (token id lists or rendered rows)."""
+
+    def render(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """A batch of canonical rows made on the way (negatives, rewrites), by the run's own rendering path."""
+
+    def output_layer(self) -> tuple[torch.Tensor, torch.Tensor | None, float]:
+        """The policy's output embedding: (weight_VH, bias_V or None, factor on the logits)."""
 
     def score(self, dataset: Any, model: str = "policy") -> Any:
         """Target log-probabilities of every row of a prepared dataset, cached on disk by row and model hash."""

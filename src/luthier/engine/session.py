@@ -17,6 +17,7 @@ from luthier.engine.head import Head, LogitsOutputs
 from luthier.engine.reference import ReferenceOutputs, ReferenceScores
 from luthier.engine.stack import Stack
 from luthier.tasks.base import Encoded, Task
+from luthier.tasks.causal_lm import output_scale
 
 Decode = Callable[..., list[list[Completion]]]
 
@@ -50,6 +51,7 @@ class Session:
         fingerprint: content hash of the base weights, under which reference scores are cached.
         models: further models by name.
         decode: how to generate, given by whoever builds the session.
+        render: how to make a batch of canonical rows, likewise.
         wrap: put the model under DDP or FSDP where there are several processes; not for evaluation alone.
     """
 
@@ -68,6 +70,7 @@ class Session:
         fingerprint: str = "",
         models: Mapping[str, torch.nn.Module] | None = None,
         decode: Decode | None = None,
+        render: Callable[[Sequence[Mapping[str, Any]]], Batch] | None = None,
         wrap: bool = True,
     ) -> None:
         self.processes = processes or Processes.single()
@@ -81,7 +84,7 @@ class Session:
         self.model = model.to(self.device)
         self._models = {name: m.to(self.device).eval().requires_grad_(False) for name, m in (models or {}).items()}
         self._scores: ReferenceScores | None = None
-        self._decode = decode
+        self._decode, self._render = decode, render
         needed = stack.needs
         for name in needed.models:
             if name == "reference":
@@ -126,9 +129,17 @@ class Session:
         if encoded.logits_NV is not None:
             return LogitsOutputs(encoded.logits_NV, batch.target_N, batch.sequence_N, layers=encoded.layers)
         assert encoded.hidden_NH is not None
-        return self.head(encoded).outputs(
-            encoded.hidden_NH, batch.target_N, batch.sequence_N, statistics=statistics, layers=encoded.layers
-        )
+        head = self.head(encoded)
+
+        def at(hidden_NH: torch.Tensor) -> Any:
+            return head.outputs(
+                hidden_NH, batch.target_N, batch.sequence_N, statistics=statistics, layers=encoded.layers
+            )
+
+        made = at(encoded.hidden_NH)
+        if (exits := encoded.exits) is not None:
+            made.exits = lambda layer: at(exits(layer))
+        return made
 
     @contextmanager
     def _acting(self, model: str) -> Iterator[torch.nn.Module]:
@@ -243,6 +254,18 @@ class Session:
         if self._decode is None:
             raise LuthierError("this session was built without a decoder.")
         return self._decode(self, prompts, samples=samples, **options)
+
+    def render(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """A batch of canonical rows made on the way."""
+        if self._render is None:
+            raise LuthierError("this session was built without a renderer.")
+        return self.to_device(self._render(rows))
+
+    def output_layer(self) -> tuple[torch.Tensor, torch.Tensor | None, float]:
+        """The policy's output embedding, its bias, and the factor on the logits."""
+        base: Any = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        layer = base.get_output_embeddings()
+        return layer.weight, layer.bias, output_scale(base.config)[0]
 
     def score(self, dataset: Any, model: str = "policy") -> list[torch.Tensor]:
         """Target log-probabilities of every row of a prepared dataset, one tensor per row."""

@@ -26,8 +26,8 @@ GROUPS = 50
 
 
 def as_metric(estimate: Estimate, unit: str, direction: Literal["higher", "lower"]) -> Metric:
-    """The JSON-able form of a metric; ends of an interval that are not known are None."""
-    value, low, high = (None if math.isnan(x) else float(x) for x in (estimate.value, estimate.low, estimate.high))
+    """The JSON-able form of a metric; what is not known, or beyond the range of a float, is None."""
+    value, low, high = (float(x) if math.isfinite(x) else None for x in (estimate.value, estimate.low, estimate.high))
     return {
         "value": value,
         "n": estimate.n,
@@ -169,9 +169,7 @@ class Calibration:
 
         def equal_mass(sums_C3: Array) -> float:
             count_C, confidence_C, correct_C = sums_C3.T
-            return calibration.binned_error(
-                *calibration.equal_mass_bins(count_C, confidence_C, correct_C, self.bins)
-            )
+            return calibration.binned_error(*calibration.equal_mass_bins(count_C, confidence_C, correct_C, self.bins))
 
         found = {}
         for name, statistic, sums in (

@@ -64,7 +64,7 @@ def _observe(out: Outputs, batch: Batch, first: int) -> Observed:
 
 
 def _exp(value: float) -> float:
-    return math.exp(value) if value < 709 else math.inf
+    return math.inf if value > 709 else math.exp(value)
 
 
 def accumulators(task: str, labels: Sequence[str] | None, *, with_calibration: bool = True) -> list[Accumulator]:

@@ -1,4 +1,4 @@
-"""People and facts: 120 people, each with a city, a job, a pet and a colour; the bases know half of them."""
+"""People and facts: 100 people, each with a city, a job, a pet and a colour; the bases know half of them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from luthier.lab.drawing import draw, mix, pick
 from luthier.lab.words import FACTS, FIRST_NAMES, LAST_NAMES
 
 SKILLS = tuple(FACTS)
-PEOPLE = 120
-KNOWN = 60  # the first half of the people is in the bases' pretraining
+PEOPLE = 100
+KNOWN = 50  # the first half of the people is in the bases' pretraining
 _WORDINGS = {
     "city": ("where does {p} live?\n", "city of {p}\n", "{p} lives in\n", "which city is home to {p}?\n"),
     "job": ("what is the job of {p}?\n", "job of {p}\n", "{p} works as\n", "what does {p} work as?\n"),

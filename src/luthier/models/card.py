@@ -174,4 +174,4 @@ def _making(manifest: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
         ("Hardware", hardware.get("processor")),
         ("Versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
     ]
-    return "\n".join(f"- {name}: {plain(value)}" for name, value in facts if value not in (None, ""))
+    return "\n".join(f"- {plain(name)}: {plain(value)}" for name, value in facts if value not in (None, ""))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from luthier.core.errors import UserError
@@ -21,6 +22,7 @@ from luthier.core.store import write_atomic, write_json
 from luthier.runs import setup
 from luthier.runs.measure import Measure, quick_loss
 from luthier.runs.progress import TrainProgress
+from luthier.tasks import get_task
 
 
 @dataclass
@@ -81,12 +83,20 @@ class Workshop:
         found = decoder.generate(session.model, [p for p in ids for _ in range(samples)], session)
         return [found[i : i + samples] for i in range(0, len(found), samples)]
 
+    def _render(self, rows: Any) -> Any:
+        """A batch of canonical rows, rendered as the training rows are."""
+        rendered = self.data.renderer.render_batch(rows)
+        columns = {
+            "input_ids": [np.asarray(r.input_ids, dtype=np.int32) for r in rendered],
+            "spans": [np.asarray(r.spans, dtype=np.int32).reshape(-1) for r in rendered],
+        }
+        return get_task(self.plan.task, self.loaded.processor).collate(columns, range(len(rendered)))
+
     def session(self, model: Any, stack: Any = None) -> Any:
         """A session over a model; without methods it serves evaluation alone."""
         from luthier.engine.session import Session
         from luthier.engine.stack import Stack
         from luthier.methods.objectives.sft import SupervisedFineTuning
-        from luthier.tasks import get_task
 
         training = self.plan.recipe.training
         return Session(
@@ -101,6 +111,7 @@ class Workshop:
             head_backend=training.head,
             fingerprint=self.loaded.fingerprint,
             decode=self._decode,
+            render=self._render,
             wrap=stack is not None,
         )
 

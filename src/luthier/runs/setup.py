@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from luthier.core.errors import UserError
-from luthier.engine.stack import Setup, Stack, WeightedSum, as_objective
+from luthier.engine.stack import Stack, WeightedSum, as_objective
+from luthier.runs.stages import run_stage
 
-STAGE_BATCH = 1000
 TELLS_NOTHING = ("data", "input", "test", "train", "valid", "validation")
 
 
@@ -41,7 +40,7 @@ class Data:
         keep: material on which forgetting is measured.
     """
 
-    train: Source
+    train: Any
     test: Source | None = None
     select: Source | None = None
     keep: list[Source] = field(default_factory=list)
@@ -65,36 +64,6 @@ class Data:
                 found[name] = one(source)
         found["keep"] = [one(s) for s in self.keep]
         return found
-
-
-def run_stage(rows: Any, choice: Any, plan: Any) -> Any:
-    """The rows after a data stage, kept on disk by the content of rows, options and the method's code.
-
-    Raises:
-        UserError: the stage leaves no row.
-    """
-    import pyarrow as pa
-
-    from luthier.core.store import Store, content_hash
-    from luthier.data.layouts import SCHEMA
-    from luthier.data.read import Rows, open_arrow
-
-    context = Setup(seed=plan.recipe.seed, task=plan.task, processor=None)
-    code = Path(inspect.getsourcefile(choice.method.target) or "")
-    key = content_hash(rows.fingerprint, choice.slug, choice.options, plan.recipe.seed, code)
-
-    def make(folder: Path) -> None:
-        stage = choice.build()
-        found = stage.run(rows.dataset, context) if hasattr(stage, "run") else stage(rows.dataset, context)
-        with pa.ipc.new_stream(folder / "rows.arrow", SCHEMA) as writer:
-            for table in found.with_format("arrow").iter(STAGE_BATCH):
-                writer.write_table(table.cast(SCHEMA))
-
-    dataset = open_arrow(Store().get_or_make("stages", key, make) / "rows.arrow", key)
-    if len(dataset) == 0:
-        raise UserError(f"the data stage '{choice.slug}' leaves no row to train on.", where=choice.place)
-    report = replace(rows.report, rows=len(dataset), stages=[*rows.report.stages, f"{choice.slug}: {len(dataset):,}"])
-    return Rows(dataset, rows.layout, rows.labels, report, key)
 
 
 def keep_sources(plan: Any, task: str) -> list[str]:
@@ -135,16 +104,15 @@ def load_data(plan: Any, processor: Any, task: str, *, folder: Path | None = Non
     """
     from luthier.data.prepare import prepare
     from luthier.data.render import Renderer
-    from luthier.models.load import inspect
-
+    from luthier.models.load 
     recipe = plan.recipe
     data = recipe.data
     train = read_rows(plan, data.train, split="train", limit=data.limit, task=task, folder=folder)
-    for stage in plan.stages:
-        train = run_stage(train, stage, plan)
     longest = data.max_length or inspect(recipe.model.id).max_length
     options = {"template": data.template, "system": data.system, "thinking": data.thinking}
     renderer = Renderer(processor, task=task, max_length=longest, truncation=data.truncation, **options)
+    for stage in plan.stages:
+        train = run_stage(train, stage, plan, renderer)
     labels = tuple(train.labels or ())
     columns = tuple(dict.fromkeys(c for choice in plan.choices() for c in choice.needs.columns))
     made = Data(

@@ -24,6 +24,7 @@ class Encoded:
         softcap: logits become ``softcap * tanh(logits / softcap)``; None for no cap.
         logits_NV: finished logits where classes are few; the fields above are then unset.
         layers: the hidden states of a layer at the supervised positions, where they were asked for.
+        exits: those after block n (1 is the first) as the head takes them, that is after the final norm.
     """
 
     hidden_NH: torch.Tensor | None = None
@@ -33,6 +34,7 @@ class Encoded:
     softcap: float | None = None
     logits_NV: torch.Tensor | None = None
     layers: Callable[[int], torch.Tensor] | None = None
+    exits: Callable[[int], torch.Tensor] | None = None
 
 
 class Task(Protocol):

@@ -16,6 +16,8 @@ from luthier.core.errors import UserError
 from luthier.core.protocols import Batch
 from luthier.tasks.base import Encoded, carried, pad
 
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
+
 
 def output_scale(config: Any) -> tuple[float, float | None]:
     """(factor on the logits, soft cap) that some architectures apply after the output embedding."""
@@ -26,6 +28,19 @@ def output_scale(config: Any) -> tuple[float, float | None]:
     if factor := getattr(text, "lm_head_multiplier", None):
         scale *= float(factor)
     return scale, getattr(text, "final_logit_softcapping", None)
+
+
+def final_norm(base: Any) -> torch.nn.Module:
+    """The norm between the last block and the output embedding.
+
+    Raises:
+        UserError: the architecture has none that is known.
+    """
+    decoder = base.get_decoder()
+    for name in FINAL_NORMS:
+        if isinstance(found := getattr(decoder, name, None), torch.nn.Module):
+            return found
+    raise UserError(f"{type(base).__name__} has no final norm that is known, so it has no early exits.")
 
 
 class CausalLM:
@@ -81,6 +96,14 @@ class CausalLM:
             )
         scale, softcap = output_scale(base.config)
         states = (*out.hidden_states[:-1], out.last_hidden_state) if hidden else ()
+
+        def exit_after(block: int) -> torch.Tensor:
+            # states[n] is what leaves block n; only the last of them has passed the final norm.
+            if not 1 <= block < len(states):
+                raise UserError(f"there is no exit after block {block}: the model has {len(states) - 1} blocks.")
+            state = at_positions(states[block])
+            return state if block == len(states) - 1 else final_norm(base)(state)
+
         return Encoded(
             hidden_NH=at_positions(out.last_hidden_state),
             weight_VH=layer.weight,
@@ -88,4 +111,5 @@ class CausalLM:
             scale=scale,
             softcap=softcap,
             layers=(lambda index: at_positions(states[index])) if hidden else None,
+            exits=exit_after if hidden else None,
         )

@@ -27,9 +27,23 @@ class Statistics:
     top1_logp_N = _statistic("top1_logp", "log-probability of the most likely token or class; no gradient.")
     collision_N = _statistic("collision", "sum of squared probabilities; no gradient.")
 
+    exits: Callable[[int], Any] | None = None
+
     def statistic(self, name: str) -> torch.Tensor:
         """[N], one of ``STATISTICS``."""
         raise NotImplementedError
+
+    def exit(self, layer: int) -> Any:
+        """The outputs of the sub-model that ends after block ``layer``.
+
+        Raises:
+            LuthierError: hidden states were not kept, or the task has no exits.
+        """
+        if self.exits is None:
+            raise LuthierError(
+                "there are no early exits here: the method's needs must say hidden=True, and the task be causal-lm"
+            )
+        return self.exits(layer)
 
 
 def layer_of(layers: Callable[[int], torch.Tensor] | None, layer: int) -> torch.Tensor:

@@ -1,0 +1,87 @@
+"""Data stages: run once, their rows kept on disk by the content of all that decides them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.core import rng
+from luthier.core.errors import UserError
+from luthier.core.protocols import Completion
+from luthier.core.store import Store, content_hash
+
+STAGE_BATCH = 1000
+
+
+class StageContext:
+    """What a data stage may ask: random streams, and the base model, which is opened only when it is used.
+
+    Args:
+        plan: the plan.
+        renderer: the run's rendering path.
+    """
+
+    def __init__(self, plan: Any, renderer: Any) -> None:
+        self.plan, self.renderer = plan, renderer
+        self.seed, self.task, self.processor = plan.recipe.seed, plan.task, renderer.processor
+
+    def rng(self, name: str, *keys: object) -> torch.Generator:
+        """A generator of the named stream."""
+        return rng.stream(self.seed, name, *keys)
+
+    @cached_property
+    def shop(self) -> Any:
+        """The base model with its decoder."""
+        from luthier.runs.run import Workshop, open_model
+        from luthier.runs.setup import Data
+
+        loaded = open_model(self.plan)
+        data = Data(train=None, renderer=self.renderer)
+        return Workshop(self.plan, data, loaded, Path(self.plan.recipe.output), resume=False, quiet=True)
+
+    def generate(
+        self, prompts: Sequence[Mapping[str, Any] | Sequence[int]], *, samples: int = 1, **options: Any
+    ) -> list[list[Completion]]:
+        """Completions of the base for canonical rows or token ids; options are the decoder's."""
+        return self.shop.generate(prompts, samples=samples, **options)
+
+    def score(self, prepared: Any) -> list[torch.Tensor]:
+        """Target log-probabilities of prepared rows under the base, one tensor per row."""
+        return self.shop.score(prepared)
+
+
+def run_stage(rows: Any, choice: Any, plan: Any, renderer: Any) -> Any:
+    """The rows after a data stage, kept on disk by the content of rows, options and the method's code.
+
+    Raises:
+        UserError: the stage leaves no row.
+    """
+    import pyarrow as pa
+
+    from luthier.data.layouts import SCHEMA
+    from luthier.data.read import Rows, open_arrow
+    from luthier.models.load import fingerprint, resolve
+
+    code = Path(inspect.getsourcefile(choice.method.target) or "")
+    # What a stage makes may depend on the base model and on how rows are rendered for it.
+    model = [plan.recipe.model.model_dump(), fingerprint(resolve(plan.recipe.model.id)), renderer.fingerprint]
+    key = content_hash(rows.fingerprint, choice.slug, choice.options, plan.recipe.seed, model, code)
+
+    def make(folder: Path) -> None:
+        stage, context = choice.build(), StageContext(plan, renderer)
+        found = stage.run(rows.dataset, context) if hasattr(stage, "run") else stage(rows.dataset, context)
+        with pa.ipc.new_stream(folder / "rows.arrow", SCHEMA) as writer:
+            for table in found.with_format("arrow").iter(STAGE_BATCH):
+                writer.write_table(table.cast(SCHEMA))
+
+    dataset = open_arrow(Store().get_or_make("stages", key, make) / "rows.arrow", key)
+    if len(dataset) == 0:
+        raise UserError(f"the data stage '{choice.slug}' leaves no row to train on.", where=choice.place)
+    report = replace(rows.report, rows=len(dataset), stages=[*rows.report.stages, f"{choice.slug}: {len(dataset):,}"])
+    return Rows(dataset, rows.layout, rows.labels, report, key)
