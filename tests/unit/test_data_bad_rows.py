@@ -4,6 +4,7 @@ import gzip
 import json
 
 import pytest
+
 from luthier.core.errors import UserError
 from luthier.data.read import read
 
@@ -286,4 +287,7 @@ def test_bad_options_are_named(tmp_path):
 
 def test_labelled_text_for_a_causal_model_says_what_to_do(tmp_path):
     text = error(lines(tmp_path / "rows.jsonl", {"text": "fine film", "label": "good"}))
-    assert "layout for the task sequence-classification" in text
+    assert "set `model.task: sequence-classification`, or `data.layout: text`" in text
+    path = tmp_path / "rows.jsonl"
+    assert read(path, layout="text", cache=tmp_path / "cache", progress=False).dataset["text"][:] == ["fine film"]
+    assert "not one for the task causal-lm" in error(path, layout="tags")

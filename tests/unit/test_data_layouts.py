@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from luthier.data.layouts import SCHEMA, detect
 from luthier.data.read import read
 
@@ -123,7 +124,9 @@ def test_openai_parts_tools_and_developer(tmp_path):
 def test_tool_calls_are_normalised_even_beside_good_rows(tmp_path):
     plain = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     call = {"function": {"name": "f", "arguments": "{}"}}
-    calling = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [call]}]}
+    calling = {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [call]}]
+    }
     found = read([plain, calling], cache=tmp_path / "cache", progress=False)
     assert json.loads(found.dataset[0]["messages"]) == plain["messages"]
     assert json.loads(found.dataset[1]["messages"])[1]["tool_calls"][0]["function"]["arguments"] == {}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from data_tokenizers import byte_level, word_piece
 from datasets import Dataset
+
 from luthier.core.errors import UserError
 from luthier.data import prepare as prepare_module
 from luthier.data.inspect import coloured, spans_json
@@ -14,6 +15,7 @@ from luthier.data.layouts import SCHEMA
 from luthier.data.prepare import prepare
 from luthier.data.read import read
 from luthier.data.render import Renderer
+from luthier.data.templates import BUILT_IN
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 ROWS = [{"prompt": f"What is {i}+1?\n", "completion": f"{i + 1}", "answer": i + 1} for i in range(2500)]
@@ -90,8 +92,11 @@ def test_a_plain_dataset_in_the_canonical_schema(tmp_path):
     again = prepare(part, renderer, cache=tmp_path / "cache", progress=False)
     assert again.keys == [made.keys[5], made.keys[3]]
     assert again.canonical(0)["prompt"] == ROWS[5]["prompt"]
-    fresh = Dataset.from_list(part.to_list(), features=part.features)
+    _, found, _ = ready(tmp_path, ROWS[:30])
+    fresh = found.dataset.select([5, 3])
     assert prepare(fresh, renderer, cache=tmp_path / "cache", progress=False).fingerprint == again.fingerprint
+    changed = Dataset.from_list([{**r, "prompt": "x"} for r in part.to_list()], features=part.features)
+    assert prepare(changed, renderer, cache=tmp_path / "cache", progress=False).keys[0] != again.keys[0]
     assert part.features.arrow_schema.names == SCHEMA.names
 
 
@@ -122,7 +127,7 @@ def test_long_rows_are_refused_cut_or_dropped(tmp_path):
 def test_over_long_prompts_leave_nothing_to_learn(tmp_path):
     """Neither an empty data set nor a loss of zero: both would pass without a word."""
     long = {"prompt": "7 " * 100, "completion": "x"}
-    with pytest.raises(UserError, match="3 of 3 rows have nothing to learn.*rows:1.*within max_length 40"):
+    with pytest.raises(UserError, match=r"3 of 3 rows have nothing to learn.*rows:1.*within max_length 40"):
         ready(tmp_path, [long] * 3, max_length=40, truncation="keep_start")
     with pytest.raises(UserError, match="0 of 3 rows have nothing to learn and 3 are too long"):
         ready(tmp_path, [long] * 3, max_length=40, truncation="drop")
@@ -135,6 +140,17 @@ def test_an_unsupervised_stop_token_is_counted(tmp_path):
     assert ready(tmp_path, ROWS[:5])[0].report.unsupervised_stop == 0
     assert ready(tmp_path, ROWS[:5], add_eos=False)[0].report.unsupervised_stop == 5
     assert ready(tmp_path, ROWS[:5], template="chatml")[0].report.unsupervised_stop == 0
+
+
+def test_rows_that_the_template_refuses_can_be_skipped(tmp_path):
+    template = "{{ raise_exception('no') if messages[0].content == 'bad' }}" + BUILT_IN["chatml"]
+    found = read([*ROWS[:5], {"prompt": "bad", "completion": "x"}], cache=tmp_path / "cache", progress=False)
+    renderer = Renderer(byte_level(), task="causal-lm", template=template)
+    with pytest.raises(UserError, match="rows, row 6: the chat template refuses"):
+        prepare(found, renderer, cache=tmp_path / "cache", progress=False)
+    made = prepare(found, renderer, bad_rows="skip", cache=tmp_path / "cache", progress=False)
+    assert (len(made), made.report.refused) == (5, 1)
+    assert list(made.report.refusals.values()) == ["rows:6"]
 
 
 def test_a_doubled_bos_is_counted(tmp_path):
@@ -244,7 +260,12 @@ def test_a_hundred_thousand_short_rows_are_read_in_bounded_time(tmp_path):
     path = tmp_path / "many.jsonl"
     with path.open("w") as file:
         for i in range(100_000):
-            file.write(json.dumps({"messages": [{"role": "user", "content": f"{i}+1?"}, {"role": "assistant", "content": str(i + 1)}]}) + "\n")
+            file.write(
+                json.dumps(
+                    {"messages": [{"role": "user", "content": f"{i}+1?"}, {"role": "assistant", "content": str(i + 1)}]}
+                )
+                + "\n"
+            )
     start = time.perf_counter()
     found = read(path, cache=tmp_path / "cache", progress=False)
     assert len(found) == 100_000

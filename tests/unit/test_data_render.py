@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from data_tokenizers import byte_level, metaspace, word_piece
+
 from luthier.core.errors import UserError
 from luthier.data.render import Renderer
 from luthier.data.templates import BUILT_IN, GENERATION
@@ -97,7 +98,9 @@ def test_spans_are_those_of_transformers_own_mask():
     tokenizer = byte_level(template=BUILT_IN["chatml"])
     for row in (PAIR, TWO_TURNS):
         rendered = causal(tokenizer).render(row)
-        messages = json.loads(row.get("messages", '[{"role":"user","content":"2+2?"},{"role":"assistant","content":"4"}]'))
+        messages = json.loads(
+            row.get("messages", '[{"role":"user","content":"2+2?"},{"role":"assistant","content":"4"}]')
+        )
         peer = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         mask = [0] * len(rendered.input_ids)
         for start, end in rendered.spans:
@@ -197,10 +200,29 @@ def test_truncation_keeps_the_start_and_counts():
     assert rendered.spans == [(whole.spans[0][0], 6)]
 
 
+def test_a_slow_tokenizer_gives_the_same_spans():
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    assert not tokenizer.is_fast
+    for template in ("chatml", UNMARKED):
+        renderer = causal(tokenizer, template=template)
+        assert supervised(renderer, TWO_TURNS) == ["hello<|im_end|>", "bye<|im_end|>"]
+        prompt = renderer.prompt_ids(TWO_TURNS)
+        assert renderer.render(TWO_TURNS).input_ids[: len(prompt)] == prompt
+    assert supervised(causal(tokenizer), PAIR) == ["4</s>"]
+
+
 def test_origins_name_each_message():
     rendered = causal(byte_level(), template="chatml").render(TWO_TURNS)
     names = [where for _, _, where in rendered.origins]
-    assert names == ["message 1: system", "message 2: user", "message 3: assistant", "message 4: user", "message 5: assistant"]
+    assert names == [
+        "message 1: system",
+        "message 2: user",
+        "message 3: assistant",
+        "message 4: user",
+        "message 5: assistant",
+    ]
     assert rendered.origins[0][0] == 0
     assert rendered.origins[-1][1] == len(rendered.input_ids)
 
@@ -241,7 +263,15 @@ def test_words_and_tags_meet_at_the_first_token_of_a_word():
     renderer = Renderer(tokenizer, task="token-classification")
     row = {"kind": "tags", "tokens": ["Kim", "left", "Nairobi", "."], "tags": ["B", "O", "B", "O"]}
     rendered = renderer.render(row)
-    assert tokenizer.convert_ids_to_tokens(rendered.input_ids) == ["[CLS]", "kim", "left", "nai", "##robi", ".", "[SEP]"]
+    assert tokenizer.convert_ids_to_tokens(rendered.input_ids) == [
+        "[CLS]",
+        "kim",
+        "left",
+        "nai",
+        "##robi",
+        ".",
+        "[SEP]",
+    ]
     assert rendered.positions == [1, 2, 3, 5]
     assert rendered.words == [0, 1, 2, 3]
     short = Renderer(tokenizer, task="token-classification", max_length=5, truncation="keep_start").render(row)

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Sequence as Repeated
+
 from luthier.core.errors import UserError
 from luthier.data import formats, json_files
 from luthier.data.read import read
@@ -150,6 +151,11 @@ def test_a_folder_takes_the_files_of_the_split(tmp_path):
     found = read([tmp_path / "train.jsonl", tmp_path / "test.jsonl"], cache=tmp_path / "cache", progress=False)
     assert len(found) == 14
     assert found.report.duplicated_rows == 7
+
+
+def test_a_dataset_saved_to_disk(tmp_path):
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert len(read(tmp_path / "saved", cache=tmp_path / "cache", progress=False)) == 7
 
 
 def test_images_as_a_folder_paths_and_bytes(tmp_path):

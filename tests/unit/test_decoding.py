@@ -77,13 +77,12 @@ def test_greedy_is_the_argmax_of_each_prompt_alone(batch_rows: int) -> None:
 
 def test_a_stop_token_ends_a_completion_and_is_not_in_its_text() -> None:
     model = tiny()
-    first = by_hand(model, PROMPTS[0], 3)
-    stop = first[1] if first[1] != first[0] else first[0]
+    prompt, written = max(((p, by_hand(model, p, 8)) for p in PROMPTS), key=lambda pair: len(set(pair[1])))
+    stop = written[1]
     model.generation_config.eos_token_id = [stop, 23]
-    found = build("greedy", max_new_tokens=12).generate(model, PROMPTS[:1], context())[0]
-    cut = first[: first.index(stop) + 1]
-    assert (found.token_ids, found.finished) == (cut, True)
-    assert build("greedy", max_new_tokens=1).generate(tiny(), PROMPTS[:1], context())[0].finished is False
+    found = build("greedy", max_new_tokens=12).generate(model, [prompt], context())[0]
+    assert (found.token_ids, found.finished) == (written[: written.index(stop) + 1], True)
+    assert build("greedy", max_new_tokens=1).generate(tiny(), [prompt], context())[0].finished is False
 
 
 def test_a_tokenizer_without_padding_token() -> None:

@@ -243,6 +243,18 @@ def test_headlines(score: float, kept: float, headline: str) -> None:
     assert judging.verdict(known).headline == headline
 
 
+def test_gains_and_losses_elsewhere_are_both_told() -> None:
+    known = evaluation(kept=0.5)
+    known["before"]["keep"]["stories: token_accuracy"] = metric(0.5, 0.01)
+    known["after"]["keep"]["stories: token_accuracy"] = metric(0.4, 0.01)
+    judged = judging.verdict(known)
+    assert judged.headline == (
+        "A clear gain on the target; general ability gained in some measures and lost in others."
+    )
+    assert (judged.cards[1].chip, judged.cards[1].status) == ("mixed", "worse")
+    assert judged.cards[1].note.startswith("Token accuracy, stories: −10.0")
+
+
 def test_the_source_that_lost_most_speaks_for_what_was_kept() -> None:
     card = judging.verdict(evaluation(kept=1.3)).cards[1]
     assert card.change is not None

@@ -302,6 +302,30 @@ class Context(Protocol):
         """Values to show and keep beside the step's metrics."""
 
 
+class Hooks(Protocol):
+    """What any method of a training run (objective, transform, selector, parameters) may have besides its own calls.
+
+    All are optional; a method defines those it uses.
+    """
+
+    needs: Needs
+
+    def prepare_model(self, model: Any, processor: Any) -> None:
+        """Before parameters are opened: change the model's vocabulary or modules."""
+
+    def prepare(self, ctx: Context, dataset: Any) -> None:
+        """Before the first step, or before a resumed one loads :meth:`load`: look at the prepared training rows."""
+
+    def finish_model(self, model: Any, processor: Any) -> None:
+        """After training, before the model is saved: undo what only training needed."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON values and tensors to keep in a checkpoint."""
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
+
+
 @runtime_checkable
 class Objective(Protocol):
     """A training loss. ``needs`` may be a class attribute or a property of the options."""

@@ -84,6 +84,8 @@ class Handle:
         Raises:
             UserError: the compressed file is truncated or damaged.
         """
+        if self.stream is self.raw:
+            return self.raw.read(size)
         try:
             return bytes(self.stream.read(size))
         except DAMAGED as error:

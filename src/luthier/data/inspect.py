@@ -15,21 +15,28 @@ CONTEXT = ("dim", "dim italic")
 
 
 def pieces(renderer: Renderer, ids: list[int]) -> list[str]:
-    """The text of each token. Joined they give the decoded text, but for tokens that hold part of a character."""
-    tokenizer = renderer.processor
-    found, done = [], ""
-    # A token's text may depend on those before it (a leading space), so texts are differences of prefixes; a window
-    # keeps that linear in the number of tokens.
+    """The text of each token; where several tokens make one character, the last of them has it and the others none."""
+    found: list[str] = []
+    # A token's text may depend on those before it (a leading space), so it is the difference of two prefixes; a
+    # window keeps that linear in the number of tokens.
     window: list[int] = []
-    for token in ids:
+    done = ""
+    for index, token in enumerate(ids):
         window.append(token)
-        text = tokenizer.decode(window, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        found.append(text[len(done) :] if text.startswith(done) else tokenizer.decode([token]))
+        text = _decode(renderer, window)
+        if text.endswith("\ufffd") and index < len(ids) - 1:
+            found.append("")
+            continue
+        found.append(text[len(done) :] if text.startswith(done) else _decode(renderer, [token]))
         done = text
-        if len(window) >= 16 and not text.endswith("\ufffd"):
-            window = [token]
-            done = tokenizer.decode(window, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if len(window) >= 16:
+            window, done = [token], _decode(renderer, [token])
     return found
+
+
+def _decode(renderer: Renderer, ids: list[int]) -> str:
+    text = renderer.processor.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return str(text)
 
 
 def spans_json(renderer: Renderer, row: dict[str, Any]) -> dict[str, Any]:

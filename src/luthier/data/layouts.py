@@ -108,17 +108,23 @@ class Layout:
         return {*self.fields.values(), *self.optional.values()}
 
 
-def resolve_name(layout: str) -> str:
+def resolve_name(layout: str, task: str) -> str:
     """``auto`` or the proper name of a layout.
 
     Raises:
-        UserError: there is no such layout.
+        UserError: there is no such layout, or it is of another task.
     """
     name = ALIASES.get(layout, layout)
     if name != "auto" and name not in NAMES:
         accepted = ("auto", *NAMES, *ALIASES)
         hint = did_you_mean(layout, accepted)
         raise UserError(f"unknown layout '{layout}'.{hint} Accepted: {', '.join(accepted)}.", where="data.layout")
+    if name not in ("auto", *TASK_LAYOUTS[task]):
+        accepted = ("auto", *TASK_LAYOUTS[task])
+        raise UserError(
+            f"the layout '{layout}' is not one for the task {task}. Accepted: {', '.join(accepted)}; or set `model.task`.",
+            where="data.layout",
+        )
     return name
 
 
@@ -151,7 +157,9 @@ def detect(
     names = _Names(columns, mapping or {})
     wanted = TASK_LAYOUTS[task] if layout == "auto" else (layout,)
     for name in wanted:
-        fields = _FINDERS[name](names)
+        # Beside a label, text alone is meant only where the user says so.
+        by_chance = name == "text" and layout == "auto" and "text" not in names.mapping
+        fields = None if by_chance and names.find("label", LABEL) else _FINDERS[name](names)
         if fields is not None and None not in fields.values():
             optional = {p: names.find(p, s) for p, s in _OPTIONAL.get(name, {}).items()}
             optional["id"] = names.find("id", ID)
@@ -182,12 +190,6 @@ def _alpaca(names: _Names) -> dict[str, str | None]:
     return {"prompt": prompt, "completion": completion}
 
 
-def _text(names: _Names) -> dict[str, str | None]:
-    if "text" not in names.mapping and names.find("label", LABEL):
-        return {"text": None}
-    return {"text": names.find("text", TEXT)}
-
-
 def _classification(names: _Names) -> dict[str, str | None]:
     label = names.find("label", LABEL)
     if "text" in names.mapping and "text2" in names.mapping:
@@ -203,7 +205,7 @@ _FINDERS = {
     "alpaca": _alpaca,
     "chat": lambda names: {"messages": names.find("messages", MESSAGES)},
     "preference": lambda names: {"chosen": names.find("chosen", CHOSEN), "rejected": names.find("rejected", REJECTED)},
-    "text": lambda names: {"text": names.find("text", TEXT)} if "text" in names.mapping else _text(names),
+    "text": lambda names: {"text": names.find("text", TEXT)},
     "classification": _classification,
     "tags": lambda names: {"tokens": names.find("tokens", TOKENS), "tags": names.find("tags", TAGS)},
     "image": lambda names: {"image": names.find("image", IMAGE), "label": names.find("label", LABEL)},
@@ -223,13 +225,10 @@ def no_layout(columns: Iterable[str], task: str, layout: str, mapping: Mapping[s
     other = next((t for t in TASK_LAYOUTS if t != task and detect(columns, t)), None)
     shown = ", ".join(columns[:12]) + (", ..." if len(columns) > 12 else "")
     wanted = f"layout '{layout}'" if layout != "auto" else f"any layout for the task {task}"
-    hint = ""
-    if layout == "auto" and other and not mapping:
-        found = detect(columns, other)
-        hint = f" They are a {found.describe()} layout for the task {other}: set `model.task`," if found else ""
-        hint += " or name the columns." if hint else ""
-    elif layout == "auto" and task == "causal-lm" and detect(columns, task, "classification"):
-        hint = " To train on the text alone set `data.layout: text`."
+    found = detect(columns, other) if other and layout == "auto" else None
+    hint = f" They are a {found.describe()} layout: set `model.task: {other}`" if found else ""
+    if found:
+        hint += ", or `data.layout: text` to train on the text alone." if found.name == "classification" else "."
     return UserError(
         f"the columns ({shown}) do not make {wanted}.{hint} Accepted layouts: {ACCEPTED_LAYOUTS}. Name the columns in "
         "`data.columns`, for example {prompt: my_question, completion: my_answer}.",

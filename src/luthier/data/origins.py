@@ -30,7 +30,7 @@ def origins(renderer: Renderer, row: dict[str, Any], rendered: Rendered) -> list
 
 def _chat_edges(renderer: Renderer, row: dict[str, Any], rendered: Rendered) -> list[tuple[int, str]]:
     """The end of each message among the tokens; what a template writes around it counts as the message's."""
-    messages, tools = renderer._messages(row, "messages")
+    messages, tools = renderer.messages_of(row, "messages")
     shown = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
     assert renderer.chat is not None
     text = renderer.chat.render(shown, tools)

@@ -16,7 +16,7 @@ import pyarrow as pa
 from luthier.core.errors import UserError, did_you_mean
 from luthier.core.store import Store, content_hash
 from luthier.data.prepared_file import Schema, Writer
-from luthier.data.read import Rows, open_arrow, progress_bar
+from luthier.data.read import Rows, label_names, open_arrow, progress_bar, sort_labels
 from luthier.data.render import Rendered, Renderer
 from luthier.data.sources import dataset_hash
 
@@ -39,6 +39,8 @@ class PrepareReport:
         truncated: rows cut at the maximal length.
         dropped: rows left out because they are longer (``truncation: drop``).
         supervised_lost: supervised tokens that cutting took away.
+        refused: rows that the chat template refuses (``bad_rows: skip``).
+        refusals: why, with the first such row.
         nothing_to_learn: rows without a supervised token, left out.
         unsupervised_stop: rows whose last supervised token ends no answer, so stopping is not learnt.
         doubled_bos: rows that begin with two BOS tokens.
@@ -57,6 +59,8 @@ class PrepareReport:
     truncated: int = 0
     dropped: int = 0
     supervised_lost: int = 0
+    refused: int = 0
+    refusals: dict[str, str] = field(default_factory=dict)
     nothing_to_learn: int = 0
     unsupervised_stop: int = 0
     doubled_bos: int = 0
@@ -157,6 +161,7 @@ def prepare(
     *,
     labels: Sequence[str] | None = None,
     columns: Sequence[str] = (),
+    bad_rows: str = "error",
     cache: Path | None = None,
     progress: bool = True,
 ) -> Prepared:
@@ -167,6 +172,7 @@ def prepare(
         renderer: the rendering path.
         labels: class names by index (those of the training data, for a test set); by default those of the rows.
         columns: further columns of the rows, taken along for objectives and rewards (null where a row has none).
+        bad_rows: ``skip`` leaves out and counts rows that the chat template refuses.
         cache: the store's folder; the user's cache by default.
         progress: show a progress bar when standard error is a terminal.
 
@@ -176,13 +182,15 @@ def prepare(
     """
     dataset = rows.dataset if isinstance(rows, Rows) else rows
     fingerprint = rows.fingerprint if isinstance(rows, Rows) else dataset_hash(rows)
-    if labels is None:
+    if renderer.task == "causal-lm":
+        labels = []
+    elif labels is None:
         labels = rows.labels if isinstance(rows, Rows) else _labels(dataset)
-    labels = [] if renderer.task == "causal-lm" else list(labels)
-    key = content_hash(fingerprint, renderer.fingerprint, labels, list(columns), *CODE)
+    labels = list(labels)
+    key = content_hash(fingerprint, renderer.fingerprint, labels, list(columns), bad_rows, *CODE)
 
     def make(folder: Path) -> None:
-        maker = _Maker(renderer, labels, columns, folder)
+        maker = _Maker(renderer, labels, columns, folder, bad_rows == "skip")
         with progress_bar("Preparing", len(dataset), progress) as advance, maker.writer:
             for start, batch in _batches(dataset):
                 maker.take(start, batch)
@@ -203,16 +211,17 @@ def _batches(dataset: Dataset) -> Iterator[tuple[int, list[dict[str, Any]]]]:
 
 
 def _labels(dataset: Dataset) -> list[str]:
-    found = {v for v in dataset.unique("label") if v is not None}
-    for table in dataset.select_columns(["tags"]).with_format("arrow").iter(BATCH):
-        found.update(v for tags in table.column("tags").to_pylist() for v in tags or ())
-    return sorted(found)
+    found: set[str] = set()
+    for table in dataset.select_columns(["label", "tags"]).with_format("arrow").iter(BATCH):
+        found.update(label_names(table))
+    return sort_labels(found)
 
 
 class _Maker:
     """Renders batches, counts what is wrong, writes what is right."""
 
-    def __init__(self, renderer: Renderer, labels: list[str], columns: Sequence[str], folder: Path) -> None:
+    def __init__(self, renderer: Renderer, labels: list[str], columns: Sequence[str], folder: Path, skip: bool) -> None:
+        self.skip = skip
         self.renderer, self.task, self.folder = renderer, renderer.task, folder
         self.index_of = {name: i for i, name in enumerate(labels)}
         self.columns, self.report = list(columns), PrepareReport(task=renderer.task)
@@ -232,14 +241,27 @@ class _Maker:
         """Render, check and write one batch whose first row has position ``start``."""
         self.report.rows += len(rows)
         kept = []
-        for offset, (row, rendered) in enumerate(zip(rows, self.renderer.render_batch(rows), strict=True)):
-            if self.keeps(row, rendered):
+        for offset, (row, rendered) in enumerate(zip(rows, self.render(rows), strict=True)):
+            if rendered is not None and self.keeps(row, rendered):
                 kept.append((start + offset, row, rendered))
         self.report.kept += len(kept)
         if kept:
             self.lengths.append(np.array([_length(r) for _, _, r in kept], dtype=np.int32))
             self.report.supervised_tokens += sum(self.targets(row, r) for _, row, r in kept)
             self.writer.write(kept, self.index_of)
+
+    def render(self, rows: list[dict[str, Any]]) -> Sequence[Rendered | None]:
+        """The batch rendered; None for a row that cannot be, where such rows are skipped."""
+        try:
+            return self.renderer.render_batch(rows)
+        except UserError as error:
+            if not self.skip:
+                raise
+            if len(rows) > 1:
+                return [rendered for row in rows for rendered in self.render([row])]
+            self.report.refused += 1
+            self.report.refusals.setdefault(error.message, f"{rows[0]['source']}:{rows[0]['row']}")
+            return [None]
 
     def keeps(self, row: dict[str, Any], rendered: Rendered) -> bool:
         """Whether the row is to be trained on; counts why not, and what is odd about it."""
@@ -320,6 +342,7 @@ class _Maker:
             raise UserError(
                 f"{nothing} of {report.rows} rows have nothing to learn"
                 + (f" and {report.dropped} are too long" if report.dropped else "")
+                + (f" and {report.refused} are refused by the chat template" if report.refused else "")
                 + f" (first: {listed}): no supervised token is left"
                 + (f" within max_length {limit}. Raise `data.max_length`." if limit else ". Check the template."),
                 where="data",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -142,7 +142,7 @@ def read(
         raise UserError(f"unknown task '{task}'.{hint} Accepted: {', '.join(TASK_LAYOUTS)}.", where="model.task")
     if bad_rows not in ("error", "skip"):
         raise UserError(f"unknown value '{bad_rows}'. Accepted: error, skip.", where="data.bad_rows")
-    name = resolve_name(layout)
+    name = resolve_name(layout, task)
     source = open_source(spec, base=base, split=split, style=STYLES.get(layout, "auto"))
     options = {"task": task, "layout": layout, "columns": dict(columns or {}), "bad_rows": bad_rows, "limit": limit}
     # Paths of images depend on where the file lies, so the folder belongs to the key for that task alone.
@@ -152,7 +152,7 @@ def read(
 
     def make(folder: Path) -> None:
         reader = _Reader(task, name, dict(columns or {}), bad_rows, limit, folder)
-        with progress_bar(f"Checking {source.name}", source.size, progress) as advance:
+        with reader, progress_bar(f"Checking {source.name}", source.size, progress) as advance:
             for block in source.batches():
                 if not reader.take(block):
                     break
@@ -203,6 +203,14 @@ class _Reader:
         self.keys: list[np.ndarray] = []
         self.source, self.found, self.first_row, self.name = "", None, 0, ""  # type: str, Layout | None, int, str
         self.seen = 0
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.writer.close()
+        self.sink.close()
+        self.rejects.close()
 
     def take(self, block: Block) -> bool:
         """Check and write a block; False once the limit is reached."""
@@ -310,18 +318,14 @@ class _Reader:
 
             self.ids.append(_short([hashlib.blake2b(i.encode(), digest_size=8).hexdigest() for i in ids.to_pylist()]))
         if self.task != "causal-lm":
-            self.labels.update(pc.unique(batch.column("label").drop_null()).to_pylist())
-            self.labels.update(pc.unique(batch.column("tags").flatten()).to_pylist())
+            self.labels |= label_names(batch)
 
     def finish(self, source: str) -> None:
-        """Close the files and write what was found.
+        """Write what was found, once the files are closed.
 
         Raises:
             UserError: a row was bad (unless bad rows are skipped), or no row is left.
         """
-        self.writer.close()
-        self.sink.close()
-        self.rejects.close()
         bad = sum(self.counts.values())
         if bad and not self.skip:
             raise self.first[0].error(bad - 1)
@@ -333,9 +337,19 @@ class _Reader:
         self.report.examples = [asdict(r) for r in self.first]
         self.report.duplicated_ids = _repeated(self.ids)[0]
         self.report.duplicated_rows = _repeated(self.keys)[1]
-        labels = sorted(self.labels, key=lambda s: (0, int(s), s) if s.lstrip("-").isdigit() else (1, 0, s))
-        about = {"report": self.report.to_dict(), "layout": self.name, "labels": labels}
+        about = {"report": self.report.to_dict(), "layout": self.name, "labels": sort_labels(self.labels)}
         (self.folder / "about.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
+
+
+def label_names(table: pa.RecordBatch | pa.Table) -> set[str]:
+    """The classes and tags in some canonical rows."""
+    columns = [pc.drop_null(table.column("label")), pc.list_flatten(table.column("tags"))]
+    return {name for column in columns for name in pc.unique(column).to_pylist()}
+
+
+def sort_labels(names: Iterable[str]) -> list[str]:
+    """Numbers by value, then words: the order that gives classes their indices."""
+    return sorted(names, key=lambda s: (0, int(s), s) if s.lstrip("-").isdecimal() else (1, 0, s))
 
 
 def _short(digests: list[str]) -> np.ndarray:

@@ -141,7 +141,7 @@ class Renderer:
             return self._join([self.encoder.ids([row["text"]])[0]], eos=False)[:1]
         if self.chat is None and not row.get("messages"):
             return self._join([self.encoder.ids([self._raw_prompt(row)])[0]], eos=False)
-        text = self._located(row, lambda: self._chat().prompt(*self._messages(row, "messages")))
+        text = self._located(row, lambda: self._chat().prompt(*self.messages_of(row, "messages")))
         return self.encoder.ids([text])[0]
 
     def render_batch(self, rows: Sequence[Row]) -> list[Rendered]:
@@ -175,7 +175,7 @@ class Renderer:
             return _Plan([("prompt", self._raw_prompt(row)), ("completion", row[completion])], (False, True))
 
         def locate() -> _Plan:
-            text, spans, prompt_end = self._chat().locate(*self._messages(row, messages, completion))
+            text, spans, prompt_end = self._chat().locate(*self.messages_of(row, messages, completion))
             return _Plan([("text", text)], (), spans, prompt_end, True)
 
         return self._located(row, locate)
@@ -205,7 +205,8 @@ class Renderer:
         system = row.get("system") or self.system
         return (f"{system}\n\n" if system else "") + prompt + separator
 
-    def _messages(self, row: Row, column: str, completion: str = "completion") -> tuple[Messages, Any]:
+    def messages_of(self, row: Row, column: str, completion: str = "completion") -> tuple[Messages, Any]:
+        """A row's conversation as the template gets it, and its tools."""
         if row.get(column):
             messages = json.loads(row[column])
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -132,6 +133,8 @@ def _file(path: Path, style: str) -> Source:
     kind = _format(path)
     if kind not in READERS:
         raise UserError(f"files of type '{kind or 'none'}' cannot be read. Accepted: {ACCEPTED}.", where=path.name)
+    if not os.access(path, os.R_OK):
+        raise UserError("the file may not be read (its permissions).", where=str(path))
     if path.stat().st_size == 0:
         raise UserError("the file is empty.", where=path.name)
     reader = partial(text_file, style=style) if READERS[kind] is text_file else READERS[kind]
@@ -165,6 +168,10 @@ def _joined(parts: Sequence[Source], name: str | None = None) -> Source:
 def _folder(path: Path, split: str, style: str) -> Source:
     """The files of a folder; where names tell splits apart, only those of the wanted one."""
     words = SPLITS.get(split, (split,))
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        from datasets import load_from_disk
+
+        return _dataset(load_from_disk(str(path)), split, path.name)
     for word in words:
         if (path / word).is_dir():
             return _folder(path / word, split, style)

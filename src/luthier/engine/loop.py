@@ -126,6 +126,7 @@ class Trainer:
             oversample=session.stack.oversample,
         )
         session.total_steps = self.total = self.order.steps(training.epochs, training.max_steps)
+        session.stack.call("prepare", session, data)
         self.optimizer = make_optimizer(session.model, session.stack, training)
         self._parameters = list(session.model.parameters())
         self._opened = [p.requires_grad for p in self._parameters]

@@ -112,6 +112,12 @@ class Stack:
         """How many times the rows of a step are offered."""
         return int(self.selector.oversample) if self.selector else 1
 
+    def call(self, hook: str, *arguments: Any) -> None:
+        """Call an optional hook (see :class:`luthier.core.protocols.Hooks`) of every method that has it."""
+        for method in self.named.values():
+            if hasattr(method, hook):
+                getattr(method, hook)(*arguments)
+
     def state(self) -> dict[str, Any]:
         """The state of every method that has one."""
         return {name: m.state() for name, m in self.named.items() if hasattr(m, "state")}

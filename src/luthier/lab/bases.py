@@ -98,9 +98,9 @@ MAKINGS: dict[str, Making] = {
     "nano": Making(
         task="causal-lm",
         config={"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 192},
-        data="lab:mixture?n=36000",
+        data="lab:mixture?n=28000",
         files=_TEXT_FILES,
-        training={"learning_rate": 3e-3, "batch_tokens": 160, "warmup": 0.05, "beta2": 0.99, "threads": 1},
+        training={"learning_rate": 2.5e-3, "batch_tokens": 160, "warmup": 0.05, "beta2": 0.99, "threads": 1},
         probes=_probes(0.3, 0.9),
         about="0.2M parameters, half a minute",
     ),

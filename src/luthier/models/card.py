@@ -50,13 +50,14 @@ def write_card(folder: str | Path) -> Path:
 def card(folder: Path) -> str:
     """The card's text."""
     from luthier.runs import verdict as judging
+    from luthier.runs.report import short_name
 
     manifest = read_json(folder / "manifest.json")
     evaluation = read_json(p) if (p := folder / "evaluation.json").is_file() else {}
     evaluation = judging.with_paired_changes(evaluation)
     recipe = p.read_text(encoding="utf-8") if (p := folder / "recipe.yaml").is_file() else ""
     model = manifest.get("model") or {}
-    task, base = str(model.get("task", "")), str(model.get("id", "unknown"))
+    task, base = str(model.get("task", "")), short_name(str(model.get("id", "unknown")))
     adapter = (folder / "model" / "adapter_config.json").is_file()
     judged = judging.verdict(evaluation)
     parts = [
@@ -67,7 +68,7 @@ def card(folder: Path) -> str:
         "\n".join(f"- {plain(c.sentence)}" for c in judged.cards),
         _results(evaluation),
         f"## How to use\n\n{fenced(_usage(task, base, adapter=adapter), 'python')}",
-        f"## How it was made\n\n{_making(manifest, evaluation)}",
+        f"## How it was made\n\n{_making(base, manifest, evaluation)}",
         f"The resolved recipe; `luthier train recipe.yaml` runs it again.\n\n{fenced(recipe, 'yaml')}"
         if recipe
         else "",
@@ -157,12 +158,12 @@ def _usage(task: str, base: str, *, adapter: bool) -> str:
     return opening + f"scores = model(**processor({given})).logits.softmax(-1)\nprint(model.config.id2label, scores)"
 
 
-def _making(manifest: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+def _making(base: str, manifest: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     model, hardware = manifest.get("model") or {}, manifest.get("hardware") or {}
     versions = manifest.get("versions") or {}
     training = {**(evaluation.get("training") or {}), **(manifest.get("result") or {})}
     facts = [
-        ("Base", f"{model.get('id')} ({model.get('parameters', 0):,} weights, fingerprint {model.get('fingerprint')})"),
+        ("Base", f"{base} ({model.get('parameters', 0):,} weights, fingerprint {model.get('fingerprint')})"),
         *(
             (f"Data, {name}", f"{source.get('rows', 0):,} rows, fingerprint {source.get('fingerprint')}")
             for name, source in (manifest.get("data") or {}).items()

@@ -113,7 +113,7 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str = "step", f
         parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 3.5}" text-anchor="end">{tick_text(tick)}</text>')
     for tick in x_ticks:
         x, _ = at(tick, y0)
-        anchor = "end" if x > WIDTH - _RIGHT - 8 else "middle"
+        anchor = "end" if x + 3 * len(tick_text(tick)) > WIDTH else "middle"
         parts.append(
             f'<text class="tick" x="{x}" y="{HEIGHT - _BOTTOM + 15}" text-anchor="{anchor}">{tick_text(tick)}</text>'
         )

@@ -30,6 +30,8 @@ _CURVES = {
     "grad_norm": "Gradient norm",
     "tokens_per_second": "Tokens per second",
     "supervised_per_second": "Supervised tokens per second",
+    "nll": "Negative log-likelihood",
+    "mean_probability": "Mean probability of the target",
 }
 # Counts that should be zero: shown in the colour of a loss when they are not.
 _WARNINGS = re.compile(
@@ -128,13 +130,19 @@ def _about(manifest: Mapping[str, Any]) -> str:
     model = manifest.get("model") or {}
     count = model.get("parameters")
     methods = [k.partition(":")[2] for k in manifest.get("methods") or {} if not k.startswith(("decoding:", "reward:"))]
+    name = short_name(model["id"]) if model.get("id") else None
     parts = [
-        f"{model['id']} ({short_count(count)} parameters)" if model.get("id") and count else model.get("id"),
+        f"{name} ({short_count(count)} parameters)" if name and count else name,
         str(model["task"]) if model.get("task") else None,
         " + ".join(dict.fromkeys(methods)),
         str(manifest.get("started", ""))[:10],
     ]
     return " · ".join(p for p in parts if p)
+
+
+def short_name(model: str) -> str:
+    """A hub id as it is; of a folder on some machine its last part."""
+    return Path(model).name if model.startswith(("/", ".", "~")) or "\\" in model else model
 
 
 def short_count(value: float) -> str:
@@ -316,7 +324,7 @@ def _leaves(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
         for key, value in part.items():
             if isinstance(value, Mapping):
                 walk(value, (*path, str(key)))
-            elif value is not None and value not in ("", []):
+            elif value is not None and value not in ("", []) and (path or key != "name"):
                 paths.append(((*path, str(key)), value))
 
     walk(group, ())

@@ -128,6 +128,7 @@ class Workshop:
         stack = setup.build_stack(self.plan)
         model = self.loaded.model.to(self.processes.device)
         context = Setup(seed=self.seed, task=self.plan.task, processor=self.loaded.processor)
+        stack.call("prepare_model", model, self.loaded.processor)
         model = open_parameters(model, stack, context)
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -158,6 +159,7 @@ class Workshop:
         trained = _whole_model(self, session)
         for method in stack.parameters:
             trained = method.export(trained)
+        stack.call("finish_model", trained, self.loaded.processor)
         return Artefact(model=trained, metrics=totals, folder=self.folder)
 
     def evaluate(self, model: Any) -> dict[str, Any]:
@@ -201,6 +203,7 @@ def _whole_model(shop: Workshop, session: Any) -> Any:
 
     fresh = open_model(shop.plan, shop.data.labels).model
     stack = setup.build_stack(shop.plan)
+    stack.call("prepare_model", fresh, shop.loaded.processor)
     fresh = open_parameters(fresh, stack, Setup(seed=shop.seed, task=shop.plan.task, processor=shop.loaded.processor))
     trained = dict(session.model.named_parameters())
     for name, parameter in fresh.named_parameters():

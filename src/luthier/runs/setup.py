@@ -104,7 +104,8 @@ def load_data(plan: Any, processor: Any, task: str, *, folder: Path | None = Non
     """
     from luthier.data.prepare import prepare
     from luthier.data.render import Renderer
-    from luthier.models.load 
+    from luthier.models.load import inspect
+
     recipe = plan.recipe
     data = recipe.data
     train = read_rows(plan, data.train, split="train", limit=data.limit, task=task, folder=folder)

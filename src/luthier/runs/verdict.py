@@ -16,6 +16,7 @@ Status = Literal["better", "worse", "same", "unknown"]
 GROUPS = ("target", "keep", "calibration")
 # The metric of a verifier's judgements.
 SCORE = "score"
+MIXED = "mixed"
 _NAMES = {
     "loss": "Loss",
     "perplexity": "Perplexity",
@@ -261,13 +262,17 @@ def verdict(evaluation: Mapping[str, Any]) -> Verdict:
         "keep": "Forgetting was not measured (data.keep is empty).",
         "calibration": "Calibration was not measured.",
     }
-    picked = {group: _spokesman(group, changes(evaluation, group)) for group in GROUPS}
     cards = []
-    for group, change in picked.items():
+    for group in GROUPS:
+        found = changes(evaluation, group)
+        change = _spokesman(group, found)
         status: Status = change.status if change else "unknown"
+        chip = chips[group][status]
+        if group == "keep" and status == "worse" and any(c.status == "better" for c in _kept(found)):
+            chip = MIXED
         note, sentence = _described(change) if change else (absent[group], absent[group])
-        cards.append(Card(titles[group], status, chips[group][status], change, note, sentence))
-    return Verdict(_headline(cards[0].status, cards[1].status), cards)
+        cards.append(Card(titles[group], status, chip, change, note, sentence))
+    return Verdict(_headline(cards[0].status, cards[1].status, mixed=cards[1].chip == MIXED), cards)
 
 
 def _spokesman(group: str, found: list[Change]) -> Change | None:
@@ -275,17 +280,22 @@ def _spokesman(group: str, found: list[Change]) -> Change | None:
         return speaker(found)
     if group == "calibration":
         return next((c for key in ("ece_equal_mass", "ece_equal_width", "brier") for c in found if c.key == key), None)
-    # The source that lost most speaks for what was forgotten.
+    # What was lost most speaks for what was forgotten: the user must not learn of it from the small print.
     order: dict[Status, int] = {"worse": 0, "unknown": 1, "same": 2, "better": 3}
-    candidates = [c for c in found if c.key == "loss"] or ([s] if (s := speaker(found)) else [])
 
     def harm(change: Change) -> float:
         return (change.value or 0.0) * (-1 if change.after.get("direction") == "lower" else 1)
 
-    return min(candidates, key=lambda c: (order[c.status], harm(c)), default=None)
+    return min(_kept(found), key=lambda c: (order[c.status], c.key != "loss", harm(c)), default=None)
 
 
-def _headline(target: Status, keep: Status) -> str:
+def _kept(found: list[Change]) -> list[Change]:
+    """The metrics by which forgetting is judged: loss, and scores by verifiers or accuracy of each source."""
+    judged = [c for c in found if c.key in ("loss", "accuracy", "token_accuracy", "entity_f1", "f1_macro", SCORE)]
+    return judged or found
+
+
+def _headline(target: Status, keep: Status, *, mixed: bool) -> str:
     first = {
         "better": "A clear gain on the target",
         "same": "No clear gain on the target",
@@ -299,4 +309,6 @@ def _headline(target: Status, keep: Status) -> str:
         "worse": ", paid for with some forgetting" if good else ", and something was forgotten",
         "unknown": "; forgetting was not measured",
     }[keep]
+    if mixed:
+        second = "; general ability gained in some measures and lost in others"
     return first + second + "."
