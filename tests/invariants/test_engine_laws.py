@@ -176,12 +176,8 @@ def test_early_stopping_stops_after_patience(tmp_path):
         folder=tmp_path,
         evaluate=lambda: {"loss": next(losses)},
     )
-    assert trainer.run() | {"seconds": 0} == trainer.seen | {
-        "seconds": 0,
-        "steps": 5,
-        "total_steps": 10,
-        "stopped_early": True,
-    }
+    totals = trainer.run()
+    assert (totals["steps"], totals["total_steps"], totals["stopped_early"]) == (5, 10, True)
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):

@@ -61,7 +61,7 @@ def test_the_report_counts_tokens(tmp_path):
 
 
 def test_the_cache_is_by_content_tokenizer_and_options(tmp_path, monkeypatch):
-    first, found, _ = ready(tmp_path, ROWS[:20])
+    first = ready(tmp_path, ROWS[:20])[0]
     made = []
     real = prepare_module._Maker
     monkeypatch.setattr(prepare_module, "_Maker", lambda *a: made.append(a) or real(*a))

@@ -56,7 +56,7 @@ def test_the_separator_stands_only_where_there_is_no_space():
     row = {**PAIR, "separator": "\n"}
     assert tokenizer.decode(causal(tokenizer).prompt_ids(row)) == "2+2?\n"
     assert tokenizer.decode(causal(tokenizer).prompt_ids({**row, "prompt": "2+2? "})) == "2+2? "
-    assert tokenizer.decode(causal(tokenizer).prompt_ids({**row, "completion": " 4"})) == "2+2?"
+    assert tokenizer.decode(causal(tokenizer).prompt_ids({**row, "completion": " 4"})) == "2+2?\n"
     assert tokenizer.decode(causal(tokenizer, system="Add.").prompt_ids(PAIR)) == "Add.\n\n2+2?"
 
 

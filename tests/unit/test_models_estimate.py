@@ -64,7 +64,7 @@ def config(H, L, I, V):
 torch.set_num_threads(1)
 run(config(32, 1, 64, 128), 2, 16)
 gc.collect()
-for shape in ((256, 4, 704, 4000, 3, 256), (384, 4, 1024, 4000, 1, 128), (128, 2, 352, 32000, 2, 256)):
+for shape in ((256, 3, 704, 4000, 2, 256), (128, 2, 352, 24000, 1, 128)):
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     watch = Peak()
@@ -81,11 +81,12 @@ def info(hidden: int, layers: int, intermediate: int, vocabulary: int, parameter
     return ModelInfo(**{**known, **sizes, "heads": 8, "key_value_heads": 4, "parameters": parameters, "tied": False})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident size as Linux gives it")
 def test_memory_is_within_a_factor_two_of_the_measured_peak() -> None:
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     measured = [int(line) for line in done.stdout.split()]
-    shapes = ((256, 4, 704, 4000, 3, 256), (384, 4, 1024, 4000, 1, 128), (128, 2, 352, 32000, 2, 256))
+    shapes = ((256, 3, 704, 4000, 2, 256), (128, 2, 352, 24000, 1, 128))
     for peak, (hidden, layers, wide, vocabulary, rows, length) in zip(measured, shapes, strict=True):
         layer = 2 * hidden * hidden + 2 * hidden * hidden // 2 + 3 * hidden * wide + 2 * hidden
         weights = layers * layer + 2 * vocabulary * hidden + hidden

@@ -232,12 +232,15 @@ def test_paired_items_are_preferred() -> None:
         (0.6, 1.3, "A clear gain on the target, paid for with some forgetting."),
         (0.6, 1.0, "A clear gain on the target, and nothing measurable was forgotten."),
         (0.6, 0.5, "A clear gain on the target, and general ability improved too."),
-        (0.22, 1.3, "No clear gain on the target, and something was forgotten."),
+        (0.22, 1.3, "No clear gain on the target, though its loss fell, and something was forgotten."),
         (0.02, 1.0, "The target got worse; nothing measurable was forgotten."),
+        (None, 1.0, "No clear gain on the target; nothing measurable was forgotten."),
     ],
 )
-def test_headlines(score: float, kept: float, headline: str) -> None:
-    known = evaluation(score, kept)
+def test_headlines(score: float | None, kept: float, headline: str) -> None:
+    known = evaluation(0.6 if score is None else score, kept)
+    if score is None:
+        known["after"]["target"] = known["before"]["target"]
     if kept == 0.5:
         known["after"]["keep"]["plays: loss"] = loss(2.0)
     assert judging.verdict(known).headline == headline

@@ -108,8 +108,12 @@ class Layout:
         return {*self.fields.values(), *self.optional.values()}
 
 
-def resolve_name(layout: str, task: str) -> str:
+def resolve_name(layout: str, task: str | None = None) -> str:
     """``auto`` or the proper name of a layout.
+
+    Args:
+        layout: a name or an alias.
+        task: where it is known, the layout must be one for it.
 
     Raises:
         UserError: there is no such layout, or it is of another task.
@@ -119,10 +123,11 @@ def resolve_name(layout: str, task: str) -> str:
         accepted = ("auto", *NAMES, *ALIASES)
         hint = did_you_mean(layout, accepted)
         raise UserError(f"unknown layout '{layout}'.{hint} Accepted: {', '.join(accepted)}.", where="data.layout")
-    if name not in ("auto", *TASK_LAYOUTS[task]):
+    if task is not None and name not in ("auto", *TASK_LAYOUTS[task]):
         accepted = ("auto", *TASK_LAYOUTS[task])
         raise UserError(
-            f"the layout '{layout}' is not one for the task {task}. Accepted: {', '.join(accepted)}; or set `model.task`.",
+            f"the layout '{layout}' is not one for the task {task}. Accepted: {', '.join(accepted)}; or set "
+            "`model.task`.",
             where="data.layout",
         )
     return name

@@ -198,10 +198,9 @@ class Renderer:
             raise
 
     def _raw_prompt(self, row: Row) -> str:
-        prompt, completion = row["prompt"], row.get("completion") or ""
-        separator = row.get("separator") or ""
-        if separator and (prompt[-1:].isspace() or completion[:1].isspace()):
-            separator = ""
+        prompt = row["prompt"]
+        # The prompt must not depend on the answer, so only its own end decides.
+        separator = "" if prompt[-1:].isspace() else row.get("separator") or ""
         system = row.get("system") or self.system
         return (f"{system}\n\n" if system else "") + prompt + separator
 

@@ -91,6 +91,7 @@ class ChatTemplate:
         self.has_markers = bool(GENERATION.search(text))
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         self._special = tuple(t.content for t in added if t.special)
+        self._tokens = dict(tokenizer.special_tokens_map)
         self._parts = False
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
         written = self._probe(probe)
@@ -130,7 +131,7 @@ class ChatTemplate:
                 chat_template=self.text,
                 return_assistant_tokens_mask=markers,
                 add_generation_prompt=prompt,
-                **self.tokenizer.special_tokens_map,
+                **self._tokens,
             )
         except (TemplateError, TypeError) as error:
             if (as_text := _arguments_as_text(messages)) != messages:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -406,7 +408,22 @@ class Trainer:
         if stopped:
             raise Interrupted(f"stopped as asked after step {session.step} of {self.total}; continue with --resume.")
         session.model.eval()
-        return {"steps": session.step, "total_steps": self.total, "stopped_early": done, **self.seen}
+        return {
+            "steps": session.step,
+            "total_steps": self.total,
+            "stopped_early": done,
+            **self.seen,
+            "trainable_parameters": sum(p.numel() for p in self._parameters if p.requires_grad),
+            "parameters": sum(p.numel() for p in self._parameters),
+            "peak_memory_bytes": peak_memory(session.device),
+        }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: of the process on a CPU, of torch's allocator on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _seed_dropout(session: Session, micro: int) -> None:

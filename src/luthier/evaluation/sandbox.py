@@ -200,7 +200,8 @@ class _Run:
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             selector.register(self.verdict_pipe, selectors.EVENT_READ)
-            while selector.get_map():
+            # A process that has closed both pipes may still run on, so its end is waited for as well.
+            while selector.get_map() or self.process.poll() is None:
                 for key, _ in selector.select(_TICK):
                     part = os.read(key.fd, 1 << 16)
                     if not part:

@@ -70,7 +70,7 @@ class Task:
             if parameter.kind is parameter.KEYWORD_ONLY:
                 kind = parameter.annotation
                 fields[parameter.name] = (
-                    eval(kind, scope) if isinstance(kind, str) else kind,  # noqa: S307 - our own annotations
+                    eval(kind, scope) if isinstance(kind, str) else kind,
                     parameter.default,
                 )
         return create_model(f"{self.name} options", __config__=ConfigDict(extra="forbid"), **fields)

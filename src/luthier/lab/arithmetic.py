@@ -25,7 +25,8 @@ _SIZES = {
     "chain": {1: (9, 9, 1), 2: (50, 20, 1), 3: (99, 99, 1)},
 }
 _SIZES["subtract"] = _SIZES["add"]
-_NUMBER = re.compile(r"-?\d+")
+# A minus after a digit is a difference, not a sign.
+_NUMBER = re.compile(r"(?<!\d)-?\d+")
 
 
 def _simple(n: int, skill: str, level: int, split: str, rng: np.random.Generator) -> list[Row]:

@@ -15,15 +15,15 @@ from luthier.lab import Row, Task
 
 # (task, options, share): what the bases see. Everything else of the lab is new to them.
 PARTS: tuple[tuple[str, dict[str, Any], float], ...] = (
-    ("arithmetic", {"difficulty": "1", "skill": "add,subtract,chain"}, 0.35),
-    ("strings", {"difficulty": "1", "skill": "uppercase,count,first,last,reverse"}, 0.27),
+    ("arithmetic", {"difficulty": "1", "skill": "add,subtract,chain"}, 0.40),
+    ("strings", {"difficulty": "1", "skill": "uppercase,count,first,last,reverse"}, 0.22),
     ("facts", {"people": "known"}, 0.24),
     ("text", {"layout": "pair"}, 0.08),
     ("sentences", {"layout": "pair", "difficulty": "1,2"}, 0.06),
 )
 
 
-def make(n: int, split: str, rng: np.random.Generator, *, part: str = "all") -> list[Row]:
+def make(n: int, split: lab.Split, rng: np.random.Generator, *, part: str = "all") -> list[Row]:
     """Rows of the mixture as pairs, shuffled.
 
     Args:
@@ -49,6 +49,4 @@ def verify(row: Mapping[str, Any], completion: str) -> bool:
     return lab.verify(row["task"], row, completion)
 
 
-task = Task(
-    "mixture", make, verify, skills=tuple(name for name, _, _ in PARTS), rows={"train": 28000, "test": 600}
-)
+task = Task("mixture", make, verify, skills=tuple(name for name, _, _ in PARTS), rows={"train": 28000, "test": 600})

@@ -64,9 +64,7 @@ def make(
         kept = in_split(split, 13, first, last, inn, *thing.T, *word.T)
         rows = []
         for i in np.flatnonzero(kept).tolist():
-            opinion = [
-                f"{'not ' if turned[i, k] else ''}{(GOOD if good[i, k] else BAD)[word[i, k]]}" for k in (0, 1)
-            ]
+            opinion = [f"{'not ' if turned[i, k] else ''}{(GOOD if good[i, k] else BAD)[word[i, k]]}" for k in (0, 1)]
             (topic, noun), (_, other) = _THINGS[thing[i, 0]], _THINGS[thing[i, 1]]
             decided = 0
             tokens = [FIRST_NAMES[first[i]], LAST_NAMES[last[i]], "said", "the"]

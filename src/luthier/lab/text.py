@@ -38,7 +38,7 @@ def stories(count: int, sentences: np.ndarray, rng: np.random.Generator) -> tupl
     they), so the number of the first noun decides a verb up to thirty words later.
     """
     subject, subject_text = _phrases(count, rng)
-    other, other_text = _phrases(count, rng)
+    _, other_text = _phrases(count, rng)
     verb = rng.integers(0, len(VERBS), count)
     move = rng.integers(0, len(MOVES), (count, 2))
     where = rng.integers(0, len(PREPOSITIONS) * len(PLACES), (count, 2))
@@ -101,8 +101,7 @@ def _pattern() -> re.Pattern[str]:
     phrase = {k: f"the {any_of(ADJECTIVES)} {any_of(a[k] for a in ANIMALS)}(?: {place})?" for k in (0, 1)}
     either = f"(?:{phrase[0]}|{phrase[1]})"
     story = [
-        f"{phrase[k]} {any_of(v[k] for v in VERBS)} {either}\\."
-        f"(?: {pronoun} {any_of(m[k] for m in MOVES)} {place}\\.)*"
+        f"{phrase[k]} {any_of(v[k] for v in VERBS)} {either}\\.(?: {pronoun} {any_of(m[k] for m in MOVES)} {place}\\.)*"
         for k, pronoun in ((0, "it"), (1, "they"))
     ]
     return re.compile(f"(?:{story[0]}|{story[1]})")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-FIRST_NAMES = tuple(
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+FIRST_NAMES = _words(
     "Mira Tomas Ada Ivo Lena Oskar Nia Pavel Rosa Emil Yara Hugo Kaja Simon Vera Anton Dina Felix Ines Jonas "
-    "Lotte Marek Olga Ruben".split()
+    "Lotte Marek Olga Ruben"
 )
-LAST_NAMES = tuple(
+LAST_NAMES = _words(
     "Voss Lind Baker Costa Hale Novak Reed Stone Winter Marsh Adler Frost Keller Moran Price Quinn Sato Turner "
-    "Weber Young".split()
+    "Weber Young"
 )
 FACTS = {
-    "city": tuple("Arlen Brevik Corvo Delmar Eskil Fjora Galen Hostin".split()),
-    "job": tuple("doctor farmer painter pilot teacher sailor cook singer".split()),
-    "pet": tuple("cat dog horse parrot rabbit turtle goat mouse".split()),
-    "colour": tuple("red blue green yellow purple orange black white".split()),
+    "city": _words("Arlen Brevik Corvo Delmar Eskil Fjora Galen Hostin"),
+    "job": _words("doctor farmer painter pilot teacher sailor cook singer"),
+    "pet": _words("cat dog horse parrot rabbit turtle goat mouse"),
+    "colour": _words("red blue green yellow purple orange black white"),
 }
 
 ANIMALS = (
@@ -26,27 +31,27 @@ VERBS = (
     ("meets", "meet"), ("fears", "fear"), ("helps", "help"),
 )  # fmt: skip
 MOVES = (("runs", "run"), ("sleeps", "sleep"), ("sings", "sing"), ("waits", "wait"), ("hides", "hide"))
-ADJECTIVES = tuple("small big old young quick brave quiet happy".split())
-PLACES = tuple("river hill garden forest bridge barn lake road".split())
-PREPOSITIONS = tuple("near behind under beside".split())
+ADJECTIVES = _words("small big old young quick brave quiet happy")
+PLACES = _words("river hill garden forest bridge barn lake road")
+PREPOSITIONS = _words("near behind under beside")
 
 TOPICS = {
-    "food": tuple("soup bread dinner coffee".split()),
-    "room": tuple("room bed bath window".split()),
-    "staff": tuple("waiter host guide clerk".split()),
+    "food": _words("soup bread dinner coffee"),
+    "room": _words("room bed bath window"),
+    "staff": _words("waiter host guide clerk"),
 }
-GOOD = tuple("good lovely excellent pleasant wonderful superb charming perfect".split())
-BAD = tuple("bad awful dreadful terrible horrible poor nasty boring".split())
-INNS = tuple("Harbour Castle Meadow Anchor Crown Lantern".split())
+GOOD = _words("good lovely excellent pleasant wonderful superb charming perfect")
+BAD = _words("bad awful dreadful terrible horrible poor nasty boring")
+INNS = _words("Harbour Castle Meadow Anchor Crown Lantern")
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "stripes")
 
-WORDINGS = tuple(
+WORDINGS = _words(
     "what is add and plus sum of subtract from minus take away multiply by times product start at then reverse "
     "backwards uppercase capitals count letters how many first last letter write the word in which where does live "
     "lives city home to who work as job works keep keeps pet animal has colour favourite likes best about review "
     "feeling sentiment positive negative topic was were not but said a an it they inn this that is result answer "
-    "compute calculate spell string for with does".split()
+    "compute calculate spell string for with does"
 )
 
 

@@ -67,7 +67,7 @@ def _opened(plan: Any, *, keep: bool = True, folder: Path | None = None) -> tupl
     from luthier.runs import setup
 
     recipe = plan.recipe
-    info = inspect(recipe.model.id)
+    info = inspect(recipe.model.id, revision=recipe.model.revision)
     task = recipe.model.task if recipe.model.task != "auto" else (info.task or "causal-lm")
     plan.settle_task(task)
     processor = load_processor(info.folder, task, recipe.model.trust_remote_code)

@@ -127,6 +127,8 @@ class Measure:
         if session.task.name != "causal-lm" or not wants_generation(self.plan, source):
             return metrics, []
         judged = [i for i in range(len(source.prepared)) if source.prepared.canonical(i)["kind"] in ("pair", "chat")]
+        if not judged:  # plain text has no prompt to answer
+            return metrics, []
         rows = [source.prepared.canonical(i) for i in judged]
         prompts = [self.data.renderer.prompt_ids(row) for row in rows]
 
@@ -139,7 +141,7 @@ class Measure:
     def samples(self, before: dict[str, Any] | None, after: dict[str, Any]) -> list[dict[str, Any]]:
         """A few prompts of the test rows with the answers before and after, for the report."""
         items = after["items"].get("target") or []
-        old = {i["row"]: i["completion"] for i in ((before or {}).get("items", {}).get("target") or [])}
+        old = {i["row"]: i for i in ((before or {}).get("items", {}).get("target") or [])}
         rows = {
             r["row"]: r for r in (self.data.test.rows.dataset.select(range(min(len(items), SAMPLES))) if items else [])
         }
@@ -147,8 +149,10 @@ class Measure:
             {
                 "prompt": rows[item["row"]]["prompt"] or rows[item["row"]]["messages"],
                 "reference": _extra(rows[item["row"]]).get("answer") or rows[item["row"]]["completion"],
-                "before": old.get(item["row"]),
+                "before": old.get(item["row"], {}).get("completion"),
+                "before_score": old.get(item["row"], {}).get("score"),
                 "after": item["completion"],
+                "after_score": item["score"],
             }
             for item in items
             if item["row"] in rows

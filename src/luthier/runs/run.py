@@ -265,13 +265,13 @@ def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
     from luthier.models.card import write_card
     from luthier.models.load import inspect, load_processor
     from luthier.models.save import save
-    from luthier.runs.manifest import write_manifest
+    from luthier.runs.manifest import finish_manifest, write_manifest
 
     started = time.perf_counter()
     say = Console(stderr=True, quiet=quiet).print
     setup.settings(plan)
     recipe = plan.recipe
-    info = inspect(recipe.model.id)
+    info = inspect(recipe.model.id, revision=recipe.model.revision)
     task = recipe.model.task if recipe.model.task != "auto" else (info.task or "causal-lm")
     plan.settle_task(task)
     folder = _claim_folder(plan, resume=resume)
@@ -312,10 +312,16 @@ def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
     say("measuring the trained model")
     after = shop.evaluate(model)
     training = {**artefact.metrics, "wall_seconds": time.perf_counter() - started}
-    metrics = {"before": before, "after": after, "training": training}
+    metrics = {
+        "before": before,
+        "after": after,
+        "training": training,
+        "confidence": recipe.evaluation.confidence,
+    }
     run = Run(folder=folder, model=model, processor=processor, metrics=metrics)
     if shop.processes.main:
         write_json(evaluation_file, metrics)
+        finish_manifest(folder, **training)
         write_json(folder / "samples.json", shop.measure.samples(before, after))
         for choice in plan.analysis:
             run.tables.append(choice.build().run([run], shop))

@@ -109,7 +109,7 @@ def load_data(plan: Any, processor: Any, task: str, *, folder: Path | None = Non
     recipe = plan.recipe
     data = recipe.data
     train = read_rows(plan, data.train, split="train", limit=data.limit, task=task, folder=folder)
-    longest = data.max_length or inspect(recipe.model.id).max_length
+    longest = data.max_length or inspect(recipe.model.id, revision=recipe.model.revision).max_length
     options = {"template": data.template, "system": data.system, "thinking": data.thinking}
     renderer = Renderer(processor, task=task, max_length=longest, truncation=data.truncation, **options)
     for stage in plan.stages:

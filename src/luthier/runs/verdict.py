@@ -272,7 +272,9 @@ def verdict(evaluation: Mapping[str, Any]) -> Verdict:
             chip = MIXED
         note, sentence = _described(change) if change else (absent[group], absent[group])
         cards.append(Card(titles[group], status, chip, change, note, sentence))
-    return Verdict(_headline(cards[0].status, cards[1].status, mixed=cards[1].chip == MIXED), cards)
+    loss_fell = any(c.key == "loss" and c.status == "better" for c in changes(evaluation, "target"))
+    headline = _headline(cards[0].status, cards[1].status, mixed=cards[1].chip == MIXED, loss_fell=loss_fell)
+    return Verdict(headline, cards)
 
 
 def _spokesman(group: str, found: list[Change]) -> Change | None:
@@ -295,10 +297,10 @@ def _kept(found: list[Change]) -> list[Change]:
     return judged or found
 
 
-def _headline(target: Status, keep: Status, *, mixed: bool) -> str:
+def _headline(target: Status, keep: Status, *, mixed: bool, loss_fell: bool) -> str:
     first = {
         "better": "A clear gain on the target",
-        "same": "No clear gain on the target",
+        "same": "No clear gain on the target, though its loss fell" if loss_fell else "No clear gain on the target",
         "worse": "The target got worse",
         "unknown": "The gain on the target is not known",
     }[target]
