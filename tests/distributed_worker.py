@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
-from helpers import make_session, random_rows, settings, tiny_llama
 from safetensors.torch import save_file
 
+from helpers import make_session, random_rows, settings, tiny_llama
 from luthier.engine.distributed import Processes
 from luthier.engine.loop import Trainer
 

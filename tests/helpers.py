@@ -17,7 +17,6 @@ from luthier.recipe.schema import Training
 from luthier.tasks.causal_lm import CausalLM
 
 
-
 class TinyProcessor:
     """What the engine and the methods read of a tokenizer."""
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from helpers import PROCESSOR, make_session, random_rows, settings, tiny_llama, weights
 
+from helpers import PROCESSOR, make_session, random_rows, settings, tiny_llama, weights
 from luthier.core import registry
 from luthier.core.errors import UserError
 from luthier.engine.loop import Trainer

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import make_session, random_rows, settings, tiny_llama, weights
 from transformers import TrainingArguments
 
+from helpers import make_session, random_rows, settings, tiny_llama, weights
 from luthier.core.errors import UserError
 from luthier.engine.bridge_hf import BridgeTrainer
 from luthier.engine.loop import Trainer

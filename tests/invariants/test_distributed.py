@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_session, random_rows, settings, tiny_llama, weights
 from safetensors.torch import load_file
 
+from helpers import make_session, random_rows, settings, tiny_llama, weights
 from luthier.core.errors import UserError
 from luthier.engine.distributed import Processes
 from luthier.engine.loop import Trainer

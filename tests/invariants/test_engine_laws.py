@@ -7,14 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import MemoryRows, make_session, random_rows, settings, tiny_llama, weights
 
+from helpers import MemoryRows, make_session, random_rows, settings, tiny_llama, weights
 from luthier.core.errors import LuthierError, UserError
 from luthier.core.protocols import Loss, Needs
 from luthier.engine import checkpoint
 from luthier.engine.loop import Trainer
 from luthier.engine.order import DataOrder, split
-
 
 # AdamW turns rounding errors of tiny gradients into whole steps; trajectories are compared under SGD.
 SGD = {"optimizer": "sgd", "learning_rate": 0.3, "schedule": "constant"}
@@ -125,7 +124,9 @@ def test_a_run_killed_twice_resumes_bit_equal(tmp_path):
     whole = trained(epochs=3, save_steps=2)
     for stop in (3, 6):
         session = make_session()
-        trainer = Trainer(session, random_rows(), settings(epochs=3, save_steps=2), folder=tmp_path, observe=StopAfter(stop))
+        trainer = Trainer(
+            session, random_rows(), settings(epochs=3, save_steps=2), folder=tmp_path, observe=StopAfter(stop)
+        )
         with pytest.raises(KeyboardInterrupt):
             trainer.run(resume=True)
     session = make_session()
@@ -142,9 +143,7 @@ def test_dropout_resumes_bit_equal(tmp_path):
     whole = trained(session=session(), epochs=2)
     part = session()
     with pytest.raises(KeyboardInterrupt):
-        Trainer(
-            part, random_rows(), settings(epochs=2, save_steps=1), folder=tmp_path, observe=StopAfter(3)
-        ).run()
+        Trainer(part, random_rows(), settings(epochs=2, save_steps=1), folder=tmp_path, observe=StopAfter(3)).run()
     rest = session()
     Trainer(rest, random_rows(), settings(epochs=2, save_steps=1), folder=tmp_path).run(resume=True)
     assert_same(whole, weights(rest.model))

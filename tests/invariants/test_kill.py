@@ -9,9 +9,9 @@ import time
 
 import pytest
 import torch
-from helpers import make_session, random_rows, settings, tiny_llama
 from safetensors.torch import load_file, save_file
 
+from helpers import make_session, random_rows, settings, tiny_llama
 from luthier.engine import checkpoint
 from luthier.engine.loop import Interrupted, Trainer
 

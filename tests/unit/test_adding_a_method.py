@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_session, random_rows
 
+from helpers import make_session, random_rows
 from luthier.core import registry
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "architecture.md"

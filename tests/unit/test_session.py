@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import OpenAll, make_session, random_rows, settings, tiny_llama, weights
 
+from helpers import OpenAll, make_session, random_rows, settings, tiny_llama, weights
 from luthier.core.errors import LuthierError, UserError
 from luthier.core.protocols import Loss, Needs
 from luthier.core.store import Store

@@ -7,7 +7,6 @@ import io
 import numpy as np
 import pytest
 import torch
-from helpers import OpenAll, settings
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -16,6 +15,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from helpers import OpenAll, settings
 from luthier.engine.distributed import Processes
 from luthier.engine.loop import Trainer
 from luthier.engine.optimizer import open_parameters
@@ -54,7 +54,11 @@ class Pixels:
     """An image processor in two lines."""
 
     def __call__(self, images, return_tensors):
-        return {"pixel_values": torch.stack([torch.from_numpy(np.asarray(i, dtype=np.float32) / 255).permute(2, 0, 1) for i in images])}
+        return {
+            "pixel_values": torch.stack(
+                [torch.from_numpy(np.asarray(i, dtype=np.float32) / 255).permute(2, 0, 1) for i in images]
+            )
+        }
 
 
 class Pad:
@@ -79,10 +83,18 @@ def case(task):
     ids = [np.concatenate([[1], rng.integers(3, 30, size=rng.integers(3, 9))]).astype(np.int32) for _ in range(24)]
     config = BertConfig(vocab_size=32, max_position_embeddings=32, num_labels=2, pad_token_id=0, **SMALL)
     if task == "sequence-classification":
-        return BertForSequenceClassification(config), Pad(), Rows(task, ["a", "b"], input_ids=ids, label=[int(i[1] > 15) for i in ids])
+        return (
+            BertForSequenceClassification(config),
+            Pad(),
+            Rows(task, ["a", "b"], input_ids=ids, label=[int(i[1] > 15) for i in ids]),
+        )
     positions = [np.arange(1, len(i), dtype=np.int32) for i in ids]
     tags = [(i[p] > 15).astype(np.int32) for i, p in zip(ids, positions, strict=True)]
-    return BertForTokenClassification(config), Pad(), Rows(task, ["a", "b"], input_ids=ids, positions=positions, tags=tags)
+    return (
+        BertForTokenClassification(config),
+        Pad(),
+        Rows(task, ["a", "b"], input_ids=ids, positions=positions, tags=tags),
+    )
 
 
 def make(task):

@@ -355,7 +355,7 @@ class Selector(Protocol):
 
 
 class Parameters(Protocol):
-    """What is trained and how it is parameterised. The engine freezes everything first; ``apply`` opens what it claims."""
+    """What is trained and how it is parameterised. The engine first freezes all; ``apply`` opens its claim."""
 
     def apply(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Set ``requires_grad`` (and add adapters); return the model to train. Deterministic in the ``init`` stream."""

@@ -5,8 +5,8 @@ the extension point passes, keyword-only parameters are options. Bounds are pyda
 
     rate_max: Annotated[float, Field(ge=0, le=1, description="largest corruption rate")] = 0.4
 
-Discovery walks ``luthier/methods/<axis>/`` and the entry-point group ``luthier.methods``. Names are read from the files'
-text, so a misspelt method is reported without importing any of them.
+Discovery walks ``luthier/methods/<axis>/`` and the entry-point group ``luthier.methods``. Names are read from the
+files' text, so a misspelt method is reported without importing any of them.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Method:
         for parameter in wanted:
             kind = parameter.annotation
             if isinstance(kind, str):
-                kind = eval(kind, scope)  # noqa: S307 - our own source's annotations, as typing.get_type_hints does
+                kind = eval(kind, scope)
             default = ... if parameter.default is parameter.empty else parameter.default
             fields[parameter.name] = (kind, default)
         return create_model(
@@ -258,7 +258,8 @@ def _from_file(axis: str, reference: str) -> Method:
     module_name = f"luthier_user_{path.stem}_{abs(hash(str(path)))}"
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, path)
-        assert spec and spec.loader
+        assert spec
+        assert spec.loader
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module
         try:

@@ -54,12 +54,13 @@ class BridgeTrainer(Trainer):
 
     def __init__(self, *, session: Session, data: Any, args: TrainingArguments, **kwargs: Any) -> None:
         if session.stack.selector is not None:
-            raise UserError("online selection needs Luthier's own loop; the transformers bridge offers objectives only.")
+            raise UserError("online selection needs Luthier's own loop; the bridge offers objectives only.")
         if session.processes.world > 1:
             raise UserError("the transformers bridge runs in one process; use Luthier's loop with training.sharding.")
         args.remove_unused_columns = False
         self.session, self.data = session, data
-        super().__init__(model=session.model, args=args, train_dataset=_Rows(data), data_collator=self._collate, **kwargs)
+        given = {"model": session.model, "args": args, "train_dataset": _Rows(data), "data_collator": self._collate}
+        super().__init__(**given, **kwargs)
 
     def _collate(self, index_B: Sequence[int]) -> dict[str, Any]:
         columns = self.session.stack.needs.columns

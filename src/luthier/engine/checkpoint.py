@@ -1,7 +1,7 @@
 """Checkpoints: written aside, synced, renamed; checksums verified on load; safetensors and JSON only.
 
-``checkpoints/step-00000100/`` holds the trained tensors, the optimiser's, the methods' state and ``state.json``. ``last``
-and ``best`` are relative links, so a moved folder still resumes.
+``checkpoints/step-00000100/`` holds the trained tensors, the optimiser's, the methods' state and ``state.json``.
+``last`` and ``best`` are relative links, so a moved folder still resumes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def pack(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
 def unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """The inverse of :func:`pack` (tuples come back as lists)."""
     if isinstance(value, dict):
-        return tensors[value["$tensor"]] if set(value) == {"$tensor"} else {k: unpack(v, tensors) for k, v in value.items()}
+        if set(value) == {"$tensor"}:
+            return tensors[value["$tensor"]]
+        return {k: unpack(v, tensors) for k, v in value.items()}
     return [unpack(v, tensors) for v in value] if isinstance(value, list) else value
 
 

@@ -58,10 +58,8 @@ class Processes:
             from torch.distributed.fsdp import fully_shard
 
             mesh = init_device_mesh(self.device.type, (self.world,))
-            blocks = max(
-                (m for m in module.modules() if isinstance(m, torch.nn.ModuleList)), key=len, default=torch.nn.ModuleList()
-            )
-            for block in blocks:
+            lists = [m for m in module.modules() if isinstance(m, torch.nn.ModuleList)]
+            for block in max(lists, key=len, default=()):
                 fully_shard(block, mesh=mesh)
             fully_shard(module, mesh=mesh)
         return module
@@ -95,11 +93,11 @@ class Processes:
         if self.world > 1:
             torch.distributed.barrier()
 
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+    def whole(self, tensor: Any) -> torch.Tensor:
         """The full tensor of a possibly sharded one (a collective call when sharded)."""
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
-    def like(self, full: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def like(self, full: torch.Tensor, target: Any) -> torch.Tensor:
         """A full tensor sharded as ``target`` is."""
         if not hasattr(target, "full_tensor"):
             return full.to(target.device)

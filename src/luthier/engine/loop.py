@@ -81,7 +81,7 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: Any) -> None:
         asked.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     try:
         before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -211,9 +211,7 @@ class Trainer:
                 loss = session.loss(batch)
                 losses.append(Loss(loss.sum.detach(), loss.weight, loss.unit, loss.metrics))
                 loss.sum.backward()
-        value, weight = session.processes.sum(
-            [sum(float(x.sum) for x in losses), sum(float(x.weight) for x in losses)]
-        )
+        value, weight = session.processes.sum([sum(float(x.sum) for x in losses), sum(float(x.weight) for x in losses)])
         self._guard(value, batches)
         grads = gradients(self.optimizer)
         # DDP and FSDP average over ranks; the loss is divided by the weight of the whole step instead.
@@ -252,7 +250,7 @@ class Trainer:
         for name, amount in self.session.logged.items():
             add(name, amount, 1.0)
         self.session.logged = {}
-        tokens = sum(int(b.inputs["attention_mask"].sum()) if "attention_mask" in b.inputs else b.examples for b in batches)
+        tokens = sum(_tokens(b) for b in batches)
         self._since.setdefault("learning_rate", [rate, 1.0])[0] = rate
         self.seen["tokens"] += tokens
         self.seen["supervised"] += sum(int(b.target_N.numel()) for b in batches)
@@ -261,7 +259,8 @@ class Trainer:
     def _log(self, seconds: float, before: dict[str, float]) -> dict[str, Any]:
         """The metrics since the last logged step, over all ranks; ``loss`` is already a sum over ranks."""
         session = self.session
-        gathered = session.processes.gather((self._since, {k: self.seen[k] - before[k] for k in ("tokens", "supervised")}))
+        done = {k: self.seen[k] - before[k] for k in ("tokens", "supervised")}
+        gathered = session.processes.gather((self._since, done))
         record: dict[str, Any] = {"step": session.step, "epoch": self._epoch(), "split": "train"}
         for name in dict.fromkeys(n for part, _ in gathered for n in part):
             amount = sum(part[name][0] for part, _ in gathered if name in part)
@@ -417,6 +416,12 @@ class Trainer:
             "parameters": sum(p.numel() for p in self._parameters),
             "peak_memory_bytes": peak_memory(session.device),
         }
+
+
+def _tokens(batch: Batch) -> int:
+    """Real tokens of a batch; examples where there are none."""
+    mask = batch.inputs.get("attention_mask")
+    return batch.examples if mask is None else int(mask.sum())
 
 
 def peak_memory(device: torch.device) -> int:

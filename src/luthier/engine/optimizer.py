@@ -78,11 +78,8 @@ def make_optimizer(model: torch.nn.Module, stack: Stack, training: Any) -> torch
             wanted = [p for p in group["params"] if p.requires_grad]
             scale = float(group.get("lr_scale", 1.0))
             own = group.get("weight_decay")
-            parts = (
-                [(wanted, own)]
-                if own is not None
-                else [([p for p in wanted if p.dim() > 1], training.weight_decay), ([p for p in wanted if p.dim() < 2], 0.0)]
-            )
+            matrices, vectors = [p for p in wanted if p.dim() > 1], [p for p in wanted if p.dim() < 2]
+            parts = [(wanted, own)] if own is not None else [(matrices, training.weight_decay), (vectors, 0.0)]
             groups += [{"params": ps, "weight_decay": decay, "lr_scale": scale} for ps, decay in parts if ps]
     if training.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=training.learning_rate, momentum=training.beta1)

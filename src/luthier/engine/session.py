@@ -17,7 +17,7 @@ from luthier.engine.head import Head, LogitsOutputs
 from luthier.engine.reference import ReferenceOutputs, ReferenceScores
 from luthier.engine.stack import Stack
 from luthier.tasks.base import Encoded, Task
-from luthier.tasks.causal_lm import output_scale
+from luthier.tasks.causal_lm import output_scale, underlying
 
 Decode = Callable[..., list[list[Completion]]]
 
@@ -81,7 +81,7 @@ class Session:
         self.total_steps: int | None = None
         self.totals: dict[str, float] = {}
         self.logged: dict[str, float] = {}
-        self.model = model.to(self.device)
+        self.model: Any = model.to(self.device)
         self._models = {name: m.to(self.device).eval().requires_grad_(False) for name, m in (models or {}).items()}
         self._scores: ReferenceScores | None = None
         self._decode, self._render = decode, render
@@ -263,7 +263,7 @@ class Session:
 
     def output_layer(self) -> tuple[torch.Tensor, torch.Tensor | None, float]:
         """The policy's output embedding, its bias, and the factor on the logits."""
-        base: Any = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        base = underlying(self.model)
         layer = base.get_output_embeddings()
         return layer.weight, layer.bias, output_scale(base.config)[0]
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from luthier.core.errors import LuthierError, UserError
-from luthier.core.rng import stream
 from luthier.core.protocols import Batch, Context, Loss, Needs, Objective, Outputs, Selector, Transform
+from luthier.core.rng import stream
 
 
 def merge_needs(all_needs: list[Needs]) -> Needs:
@@ -138,7 +138,7 @@ class Setup:
     seed: int
     task: Any
     processor: Any
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def rng(self, name: str, *keys: object) -> torch.Generator:
         """A generator of the named stream."""

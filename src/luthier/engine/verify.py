@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from luthier.core.errors import UserError
 from luthier.core.protocols import Batch
 from luthier.engine.session import Session
+from luthier.tasks.causal_lm import underlying
 
 PROBE_ROWS, PROBE_TOKENS = 2, 8
 TOLERANCE_FP32, TOLERANCE_BF16 = 1e-3, 0.1
@@ -23,8 +22,7 @@ def verify_head(session: Session) -> float:
     Raises:
         UserError: the difference exceeds the tolerance of the precision.
     """
-    model: Any = session.model
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model, base = session.model, underlying(session.model)
     vocabulary = base.get_input_embeddings().weight.shape[0]
     rows, tokens = PROBE_ROWS, PROBE_TOKENS
     ids_BT = (torch.arange(rows * tokens, device=session.device).reshape(rows, tokens) * 7919) % vocabulary

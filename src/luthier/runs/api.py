@@ -128,7 +128,7 @@ def evaluate(plan: Any, model_folder: str | Path | None = None, harness: Sequenc
     trained = Path(plan.recipe.output) / "model"
     spec = model_folder or (trained if trained.exists() else None)
     loaded = open_model(plan, data.labels) if spec is None else load(spec, task=task, labels=data.labels or None)
-    shop = Workshop(plan, data, loaded, Path(plan.recipe.output), resume=False, quiet=True)
+    shop = Workshop(plan, data, loaded, Path(plan.recipe.output))
     found = {"model": str(spec or plan.recipe.model.id), **shop.evaluate(loaded.model)}
     if harness:
         from luthier.evaluation.harness import run_harness
@@ -168,7 +168,7 @@ def prompt_row(prompt: str | list[dict[str, Any]]) -> dict[str, Any]:
     return {"kind": "chat", "messages": json.dumps([*prompt, {"role": "assistant", "content": ""}])}
 
 
-QUICKSTART = {
+QUICKSTART: dict[str, dict[str, Any]] = {
     "sft": {},
     "half-ft": {"parameters": ["half-ft"]},
     "beyond-log-likelihood": {"objective": "beyond-log-likelihood"},

@@ -19,6 +19,7 @@ from rich.console import Console
 from luthier.core.errors import UserError
 from luthier.core.protocols import Artefact, Completion
 from luthier.core.store import write_atomic, write_json
+from luthier.engine.distributed import Processes
 from luthier.runs import setup
 from luthier.runs.measure import Measure, quick_loss
 from luthier.runs.progress import TrainProgress
@@ -58,20 +59,35 @@ class Workshop:
         data: the prepared data.
         loaded: the base model.
         folder: the run's folder.
+        processes: the process group.
         resume: continue from the newest checkpoint.
         quiet: show nothing.
     """
 
-    def __init__(self, plan: Any, data: setup.Data, loaded: Any, folder: Path, *, resume: bool, quiet: bool) -> None:
-        from luthier.engine.distributed import Processes
-
+    def __init__(
+        self,
+        plan: Any,
+        data: setup.Data,
+        loaded: Any,
+        folder: Path,
+        *,
+        processes: Processes | None = None,
+        resume: bool = False,
+        quiet: bool = True,
+    ) -> None:
         self.plan, self.data, self.loaded, self.folder = plan, data, loaded, folder
         self.resume, self.quiet = resume, quiet
-        self.processes = Processes(plan.recipe.training.sharding)
+        self.processes = processes or Processes(plan.recipe.training.sharding)
         self.precision = setup.precision(plan)
         self.decoder = _decoder(plan)
         self.measure = Measure(plan, data, self.decoder)
         self.seed: int = plan.recipe.seed
+        if plan.task == "causal-lm":
+            # Generation ends where the rendered answers end, here and in whatever opens the saved model.
+            own = loaded.model.generation_config.eos_token_id
+            known = [own] if isinstance(own, int) else list(own or [])
+            stops = list(dict.fromkeys([*known, *data.renderer.stop_ids]))
+            loaded.model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
 
     # -- sessions
 
@@ -228,15 +244,14 @@ def open_model(plan: Any, labels: tuple[str, ...] = ()) -> Any:
     )
 
 
-def _claim_folder(plan: Any, *, resume: bool) -> Path:
-    """The run's folder: new or, with ``resume``, the one of the same recipe.
+def _claim_folder(plan: Any, folder: Path, *, resume: bool) -> None:
+    """Take the run's folder: new or, with ``resume``, the one of the same recipe.
 
     Raises:
         UserError: it already holds a run, or the run in it has another recipe.
     """
     from luthier.recipe.load import dump
 
-    folder = Path(plan.recipe.output)
     text = dump(plan.recipe)
     held = folder / "recipe.yaml"
     if held.exists():
@@ -252,7 +267,6 @@ def _claim_folder(plan: Any, *, resume: bool) -> Path:
             )
     else:
         write_atomic(held, text)
-    return folder
 
 
 def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
@@ -268,24 +282,27 @@ def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
     from luthier.runs.manifest import finish_manifest, write_manifest
 
     started = time.perf_counter()
-    say = Console(stderr=True, quiet=quiet).print
     setup.settings(plan)
     recipe = plan.recipe
     info = inspect(recipe.model.id, revision=recipe.model.revision)
     task = recipe.model.task if recipe.model.task != "auto" else (info.task or "causal-lm")
     plan.settle_task(task)
-    folder = _claim_folder(plan, resume=resume)
+    processes = Processes(recipe.training.sharding)
+    folder = Path(recipe.output)
+    say = Console(stderr=True, quiet=quiet or not processes.main).print
+    if processes.main:
+        _claim_folder(plan, folder, resume=resume)
     processor = load_processor(info.folder, task, recipe.model.trust_remote_code)
-    data = setup.load_data(plan, processor, task, folder=folder)
-    write_json(folder / "data.json", data.report())
+    with processes.accelerator.main_process_first():  # the others find the prepared files
+        data = setup.load_data(plan, processor, task, folder=folder)
     loaded = open_model(plan, data.labels)
     for note in loaded.notes:
         say(note)
-    shop = Workshop(plan, data, loaded, folder, resume=resume, quiet=quiet)
-    say(
-        f"{len(data.train.prepared):,} rows, {int(data.train.prepared.lengths.sum()):,} tokens; precision {shop.precision}"
-    )
-    write_manifest(folder, plan, loaded, data)
+    shop = Workshop(plan, data, loaded, folder, processes=processes, resume=resume, quiet=quiet)
+    say(f"{len(data.train.prepared):,} rows, {int(data.train.prepared.lengths.sum()):,} tokens, {shop.precision}")
+    if processes.main:
+        write_json(folder / "data.json", data.report())
+        write_manifest(folder, plan, loaded, data)
     evaluation_file = folder / "evaluation.json"
     known = json.loads(evaluation_file.read_text()) if resume and evaluation_file.exists() else {}
     before = known.get("before")

@@ -117,7 +117,7 @@ def load_data(plan: Any, processor: Any, task: str, *, folder: Path | None = Non
     labels = tuple(train.labels or ())
     columns = tuple(dict.fromkeys(c for choice in plan.choices() for c in choice.needs.columns))
     made = Data(
-        train=Source("train", train, prepare(train, renderer, labels=labels, columns=columns)),
+        train=Source("train", train, prepare(train, renderer, labels=labels, columns=columns, bad_rows=data.bad_rows)),
         renderer=renderer,
         labels=labels,
     )

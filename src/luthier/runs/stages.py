@@ -43,7 +43,7 @@ class StageContext:
 
         loaded = open_model(self.plan)
         data = Data(train=None, renderer=self.renderer)
-        return Workshop(self.plan, data, loaded, Path(self.plan.recipe.output), resume=False, quiet=True)
+        return Workshop(self.plan, data, loaded, Path(self.plan.recipe.output))
 
     def generate(
         self, prompts: Sequence[Mapping[str, Any] | Sequence[int]], *, samples: int = 1, **options: Any

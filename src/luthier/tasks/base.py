@@ -44,7 +44,7 @@ class Task(Protocol):
 
     def __init__(self, processor: Any) -> None: ...
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], index_B: Sequence[int], columns: Sequence[str] = ()) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], index_B: Any, columns: Sequence[str] = ()) -> Batch:
         """A micro-batch from columns of prepared rows; ``index_B`` are their numbers in the prepared data."""
 
     def encode(self, model: torch.nn.Module, batch: Batch, *, hidden: bool = False) -> Encoded:

@@ -30,6 +30,11 @@ def output_scale(config: Any) -> tuple[float, float | None]:
     return scale, getattr(text, "final_logit_softcapping", None)
 
 
+def underlying(model: Any) -> Any:
+    """The transformers model itself, beneath adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def final_norm(base: Any) -> torch.nn.Module:
     """The norm between the last block and the output embedding.
 
@@ -56,7 +61,7 @@ class CausalLM:
         special = set(getattr(processor, "all_special_ids", []) or []) - {end}
         self.special = torch.tensor(sorted(special), dtype=torch.long)
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], index_B: Sequence[int], columns: Sequence[str] = ()) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], index_B: Any, columns: Sequence[str] = ()) -> Batch:
         """Rows of ``input_ids`` and flat ``spans``; padding is known by the mask, never by an id."""
         ids_BT, mask_BT = pad(rows["input_ids"], self.pad_id)
         width = ids_BT.shape[1]
@@ -82,7 +87,7 @@ class CausalLM:
 
     def encode(self, model: torch.nn.Module, batch: Batch, *, hidden: bool = False) -> Encoded:
         """Backbone over all tokens, hidden states gathered at the supervised positions."""
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = underlying(model)
         out = base.get_decoder()(**batch.inputs, use_cache=False, output_hidden_states=hidden)
 
         def at_positions(state_BTH: torch.Tensor) -> torch.Tensor:

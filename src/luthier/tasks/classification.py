@@ -55,7 +55,7 @@ class SequenceClassification(_PerExample):
 
     name = "sequence-classification"
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], index_B: Sequence[int], columns: Sequence[str] = ()) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], index_B: Any, columns: Sequence[str] = ()) -> Batch:
         """Rows of ``input_ids`` and ``label``."""
         ids_BT, mask_BT = pad(rows["input_ids"], getattr(self.processor, "pad_token_id", None) or 0)
         return self._batch({"input_ids": ids_BT, "attention_mask": mask_BT.long()}, rows, index_B, columns)
@@ -66,7 +66,7 @@ class ImageClassification(_PerExample):
 
     name = "image-classification"
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], index_B: Sequence[int], columns: Sequence[str] = ()) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], index_B: Any, columns: Sequence[str] = ()) -> Batch:
         """Rows of ``image`` (path or bytes) and ``label``; pictures are decoded here."""
         from PIL import Image
 
@@ -85,7 +85,7 @@ class TokenClassification:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], index_B: Sequence[int], columns: Sequence[str] = ()) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], index_B: Any, columns: Sequence[str] = ()) -> Batch:
         """Rows of ``input_ids``, ``positions`` (first sub-token of each word) and ``tags``."""
         ids_BT, mask_BT = pad(rows["input_ids"], getattr(self.processor, "pad_token_id", None) or 0)
         width = ids_BT.shape[1]
