@@ -238,12 +238,15 @@ def test_quickstart(api, capsys):
     assert "items" not in found["runs"]["sft"]["after"]
 
 
-def test_quickstart_deletes_nothing_of_the_users(api, capsys):
-    Path("mine").mkdir()
-    Path("mine/thesis.txt").write_text("years")
-    assert cli.run(["quickstart", "mine"]) == 2
-    assert "thesis.txt" in capsys.readouterr().err
-    assert "quickstart" not in api.calls
+def test_quickstart_deletes_nothing_of_the_users(monkeypatch, tmp_path):
+    from luthier.core.errors import UserError
+    from luthier.runs.api import quickstart
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    with pytest.raises(UserError, match=r"thesis\.txt"):
+        quickstart(tmp_path / "mine", quiet=True)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
 
 
 def test_show_data(api, capsys, monkeypatch):

@@ -14,9 +14,9 @@ import torch
 
 from luthier.core.errors import LuthierError, UserError
 from luthier.core.protocols import Batch, Loss
-from luthier.engine import head as head_module
 from luthier.engine.head import Head, LogitsOutputs
 from luthier.engine.memory import keep_pages
+from luthier.functional import chunked_projection
 from luthier.functional.logit_rows import STATISTICS, choose, normalise_torch
 
 N, V, H = 23, 101, 12
@@ -67,7 +67,7 @@ CASES = list(itertools.product([torch.float64, torch.float32], [False, True], [1
 @pytest.mark.parametrize(("kind", "bias", "scale", "softcap", "chunk"), CASES)
 @pytest.mark.parametrize("keep", [True, False])
 def test_values_and_gradients_equal_full_logits(monkeypatch, kind, bias, scale, softcap, chunk, keep):
-    monkeypatch.setattr(head_module, "_KEEP_BYTES", {"cpu": 1 << 30 if keep else 0})
+    monkeypatch.setattr(chunked_projection, "_KEEP_BYTES", {"cpu": 1 << 30 if keep else 0})
     hidden, weight, bias_V, target, weights = problem(kind, bias=bias)
     log_p = full_log_p(hidden, weight, bias_V, scale, softcap)
     logp = log_p.gather(1, target[:, None]).squeeze(1)
@@ -321,7 +321,8 @@ def test_parity_of_optional_back_ends(name):
     done = subprocess.run(
         [sys.executable, "-c", PARITY, name], env=environment, capture_output=True, text=True, cwd=Path(__file__).parent
     )
-    assert done.returncode == 0 and "parity" in done.stdout, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "parity" in done.stdout
 
 
 def test_the_allocator_says_whether_it_keeps_pages():

@@ -284,3 +284,9 @@ def test_what_is_not_accepted_is_said_in_one_line(name, options, words):
         lab.dataset(name, **options)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_lab_reward_refuses_rows_of_others():
+    judge = registry.get("reward", "lab").build({})
+    with pytest.raises(UserError, match=r"train.jsonl, row 3: .*no 'task'"):
+        judge([{"prompt": "a", "extra": None, "source": "train.jsonl", "row": 3}], ["b"], None)

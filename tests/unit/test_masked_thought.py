@@ -218,7 +218,7 @@ def test_dropping_attention_hides_the_corrupted_positions_alone():
     hidden = (batch.inputs["attention_mask"] == 1) & (after.inputs["attention_mask"] == 0)
     assert hidden.nonzero().tolist() == changed(batch, after)
     del batch.inputs["attention_mask"]
-    with pytest.raises(UserError, match="turn packing off"):
+    with pytest.raises(UserError, match="one entry per token"):
         method(batch, FakeContext())
 
 
@@ -261,6 +261,22 @@ def test_mask_tokens():
     bare.pad_token_id = None
     with pytest.raises(UserError, match="neither a mask nor a pad"):
         mask_token_id(bare, "auto")
+
+
+@pytest.mark.parametrize("strip", [True, False])
+def test_an_added_token_leaves_model_and_tokenizer_as_they_were_unless_it_stays(strip):
+    tokenizer = FakeTokenizer()
+    model = tiny_llama(vocabulary=len(tokenizer))
+    before, size = dict(vars(tokenizer)), len(tokenizer)
+    before["tokens"] = list(before["tokens"])
+    method = MaskedThought(rate_max=0.2, mask_token="add", strip_mask_token=strip)
+    method.prepare_model(model, tokenizer)
+    assert len(tokenizer) == size + 1
+    after = method(token_batch(ROWS), FakeContext(step=9, processor=tokenizer))
+    assert set(after.inputs["input_ids"].flatten().tolist()) & {size} == {size}
+    method.finish_model(model, tokenizer)
+    assert len(tokenizer) == model.get_input_embeddings().weight.shape[0] == size + (not strip)
+    assert (tokenizer.tokens == before["tokens"]) == strip
 
 
 @pytest.mark.parametrize("tied", [False, True])

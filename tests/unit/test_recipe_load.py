@@ -77,7 +77,7 @@ def test_output_takes_the_folder_of_a_nameless_file(tmp_path):
         ("training:\n  learning_rate: .nan", 6, ["finite number"]),
         ("training:\n  batch_rows: 2.5", 6, ["must be a whole number, not 2.5"]),
         ("training:\n  batch_rows: true", 6, ["must be a whole number, not true"]),
-        ("training:\n  packing: yes", 6, ["true or false", "YAML 1.2"]),
+        ("training:\n  buckets: yes", 6, ["true or false", "YAML 1.2"]),
         ("training:\n  warmup: 1.5", 6, ["share below 1 or a whole number of steps"]),
         ("training:\n  sharding: zero3", 6, ["'zero3' is not accepted", "Accepted: none, ddp, fsdp2"]),
         (

@@ -63,7 +63,7 @@ def methods(monkeypatch):
     registry.objective(
         "anchored-sft",
         conflicts={
-            "packing": "the reference is scored row by row.",
+            "gradient_checkpointing": "the reference is scored row by row.",
             "transform:noise": "the anchor needs clean inputs",
             "precision:bf16": "the pull is lost in rounding",
         },
@@ -181,8 +181,8 @@ def test_problems_in_a_file_carry_the_line(tmp_path):
     ("keys", "words"),
     [
         (
-            {"training": {"packing": True}},
-            ["does not go with packing", "scored row by row. Way out: set training.packing: false"],
+            {"training": {"gradient_checkpointing": True}},
+            ["does not go with gradient checkpointing", "scored row by row. Way out: set training.gradient_checkpointing: false"],
         ),
         (
             {"training": {"precision": "bf16"}},

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from luthier.cli import common
-from luthier.core.errors import UserError
 
 
 def quickstart(
@@ -19,15 +18,6 @@ def quickstart(
     as_json: common.Json = False,
 ) -> None:
     """Fine-tune a small generated model with three methods and print them side by side, in minutes and offline."""
-    if folder.exists():
-        # The old runs are deleted, so nothing else may be in there.
-        other = (
-            [p.name for p in folder.iterdir() if not (p / "recipe.yaml").is_file()]
-            if folder.is_dir()
-            else [folder.name]
-        )
-        if other:
-            raise UserError(f"'{folder}' holds something else ('{other[0]}'); name a new folder.")
     from luthier.runs import api
 
     result = api.quickstart(folder, quiet=quiet or as_json)

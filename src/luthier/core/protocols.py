@@ -60,7 +60,8 @@ class Batch:
         weight_N: float32 weight of each position; 1 by default.
         sequence_N: int64, which example of the batch a position belongs to.
         row_B: int64, row numbers in the prepared data.
-        columns: dataset columns asked for by ``Needs.columns``; lists of length B, or tensors named ``*_N``.
+        columns: dataset columns asked for by ``Needs.columns``; lists of length B, or tensors named ``*_N``. Of a
+            boolean tensor ``<group>_N`` that a transform adds, the plain loss inside the group is logged.
         keys_B: content hash of each row, under which scores are cached; None once a transform changed the inputs.
         adjustable_BT: bool [B, T], token positions a transform may corrupt (no padding, no special tokens but the
             end token); None where the task has no tokens.
@@ -315,6 +316,9 @@ class Hooks(Protocol):
 
     def prepare(self, ctx: Context, dataset: Any) -> None:
         """Before the first step, or before a resumed one loads :meth:`load`: look at the prepared training rows."""
+
+    def record(self) -> Any:
+        """JSON to keep in the run's ``methods.json``: what was drawn, chosen or found."""
 
     def finish_model(self, model: Any, processor: Any) -> None:
         """After training, before the model is saved: undo what only training needed."""

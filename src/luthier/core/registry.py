@@ -58,7 +58,7 @@ class Method:
         identity: options under which it changes nothing (the contract suite compares the run with plain SFT);
             None where the method has no such setting.
         example: options for the contract suite, small enough for a tiny model.
-        conflicts: fact about the recipe -> reason. Facts are ``<axis>:<slug>``, ``task:<name>``, ``packing``,
+        conflicts: fact about the recipe -> reason. Facts are ``<axis>:<slug>``, ``task:<name>``,
             ``gradient_checkpointing``, ``processes``, ``precision:bf16`` and the like.
         tasks: tasks for which it is defined; empty means all.
         paper: title, year and arXiv number, for lists and pages.

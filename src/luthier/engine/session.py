@@ -205,6 +205,10 @@ class Session:
                 count = weight_N.sum()
                 loss.metrics["nll"] = (-(logp_N * weight_N).sum(), count)
                 loss.metrics["mean_probability"] = ((logp_N.exp() * weight_N).sum(), count)
+                for name, flag_N in part.columns.items():
+                    if isinstance(flag_N, torch.Tensor) and flag_N.dtype == torch.bool:
+                        inside_N = weight_N * flag_N
+                        loss.metrics[f"nll_{name.removesuffix('_N')}"] = (-(logp_N * inside_N).sum(), inside_N.sum())
             return loss
 
         if not objective.needs.positionwise:
@@ -239,6 +243,7 @@ class Session:
         for name, value in vars(batch).items():
             if isinstance(value, torch.Tensor):
                 setattr(moved, name, value.to(self.device, non_blocking=True))
+        moved.columns = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in batch.columns.items()}
         return moved
 
     def rng(self, name: str, *keys: object) -> torch.Generator:

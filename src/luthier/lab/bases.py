@@ -98,10 +98,10 @@ MAKINGS: dict[str, Making] = {
     "nano": Making(
         task="causal-lm",
         config={"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 192},
-        data="lab:mixture?n=28000",
+        data="lab:mixture?n=25000",
         files=_TEXT_FILES,
         training={"learning_rate": 3e-3, "batch_tokens": 160, "warmup": 0.05, "beta2": 0.99, "threads": 1},
-        probes=_probes(0.2, 0.9),
+        probes=_probes(0.25, 0.85),
         about="0.2M parameters, half a minute",
     ),
     "small": Making(
@@ -192,17 +192,19 @@ def _in_own_process(name: str, target: Path, progress: bool) -> None:
     root = str(Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     environment["CUDA_VISIBLE_DEVICES"] = ""  # the bases are the CPU's on every machine
-    done = subprocess.run(
-        [sys.executable, "-m", "luthier.lab.bases", name, str(target)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=None if progress else subprocess.PIPE,
-        text=True,
-        check=False,
-    )
+    # Prepared rows of the making are of no use afterwards, so they do not go to the user's cache.
+    with tempfile.TemporaryDirectory(prefix=".cache-", dir=target.parent) as own:
+        done = subprocess.run(
+            [sys.executable, "-m", "luthier.lab.bases", name, str(target)],
+            env={**environment, "LUTHIER_CACHE": own},
+            stdout=subprocess.PIPE,
+            stderr=None if progress else subprocess.PIPE,
+            text=True,
+            check=False,
+        )
     if done.returncode:
-        last = (done.stdout + (done.stderr or "")).strip().splitlines()[-1:]
-        raise LuthierError(f"lab:{name} could not be made. {' '.join(last)}")
+        last = (done.stderr or "its messages are above").strip().splitlines()[-1:]
+        raise LuthierError(f"lab:{name} could not be made: {' '.join(last)}")
 
 
 def fresh(name: str, target: Path, seed: int) -> None:

@@ -49,4 +49,4 @@ def verify(row: Mapping[str, Any], completion: str) -> bool:
     return lab.verify(row["task"], row, completion)
 
 
-task = Task("mixture", make, verify, skills=tuple(name for name, _, _ in PARTS), rows={"train": 28000, "test": 600})
+task = Task("mixture", make, verify, skills=tuple(name for name, _, _ in PARTS), rows={"train": 25000, "test": 600})

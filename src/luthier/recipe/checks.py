@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from luthier.recipe.plan import Choice, Plan
 
 _WAY_OUT = {
-    "packing": "set training.packing: false",
     "gradient_checkpointing": "set training.gradient_checkpointing: false",
     "early_stopping": "set training.early_stopping: null",
     "accumulation": "set training.accumulation: 1",

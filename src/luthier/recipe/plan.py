@@ -81,7 +81,7 @@ class Plan:
         transforms, selection, parameters, stages, weights, decoding, analysis, procedure, verifier: the methods of
             the other axes.
         task: the task, or ``auto`` where only the loaded model will tell (then call :meth:`settle_task`).
-        facts: what methods may conflict with: ``<axis>:<slug>``, ``task:<name>``, ``packing``, ``precision:bf16``...
+        facts: what methods may conflict with: ``<axis>:<slug>``, ``task:<name>``, ``processes``, ``precision:bf16``...
     """
 
     recipe: Recipe
@@ -289,7 +289,6 @@ def _facts(made: Plan) -> set[str]:
         facts.add(f"attention:{made.recipe.model.attention}")
     facts.add(f"optimizer:{training.optimizer}")
     switches = {
-        "packing": training.packing,
         "gradient_checkpointing": training.gradient_checkpointing,
         "early_stopping": training.early_stopping is not None,
         "accumulation": training.accumulation > 1,

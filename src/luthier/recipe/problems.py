@@ -61,7 +61,7 @@ FOREIGN: Mapping[str, str] = {
     "eval_steps": "training.eval_steps",
     "logging_steps": "training.log_steps",
     "report_to": "training.trackers",
-    "packing": "training.packing",
+    "group_by_length": "training.buckets",
     "output_dir": "output",
     "loss": "objective",
     "loss_type": "objective",

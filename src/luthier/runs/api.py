@@ -124,6 +124,11 @@ def evaluate(plan: Any, model_folder: str | Path | None = None, harness: Sequenc
     from luthier.runs import setup
 
     setup.settings(plan)
+    setup.require_tools(plan)
+    if harness:
+        from luthier.evaluation.harness import require
+
+        require()
     data, _, task = _opened(plan)
     trained = Path(plan.recipe.output) / "model"
     spec = model_folder or (trained if trained.exists() else None)
@@ -183,6 +188,9 @@ def quickstart(folder: str | Path = "runs/quickstart", *, quiet: bool = False) -
     """
     folder = Path(folder)
     if folder.exists():
+        other = [p.name for p in folder.iterdir() if not (p / "recipe.yaml").is_file()] if folder.is_dir() else [""]
+        if other:  # the old runs are deleted, so nothing else may be in there
+            raise UserError(f"'{folder}' holds something else ('{other[0]}'); name a new folder.")
         shutil.rmtree(folder)
     runs: dict[str, Any] = {}
     for name, sections in QUICKSTART.items():

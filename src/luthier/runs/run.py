@@ -21,6 +21,7 @@ from luthier.core.protocols import Artefact, Completion
 from luthier.core.store import write_atomic, write_json
 from luthier.engine.distributed import Processes
 from luthier.runs import setup
+from luthier.runs.analyses import AnalysisContext
 from luthier.runs.measure import Measure, quick_loss
 from luthier.runs.progress import TrainProgress
 from luthier.tasks import get_task
@@ -142,7 +143,7 @@ class Workshop:
 
         training = self.plan.recipe.training
         stack = setup.build_stack(self.plan)
-        model = self.loaded.model.to(self.processes.device)
+        model: Any = self.loaded.model.to(self.processes.device)
         context = Setup(seed=self.seed, task=self.plan.task, processor=self.loaded.processor)
         stack.call("prepare_model", model, self.loaded.processor)
         model = open_parameters(model, stack, context)
@@ -176,6 +177,9 @@ class Workshop:
         for method in stack.parameters:
             trained = method.export(trained)
         stack.call("finish_model", trained, self.loaded.processor)
+        records = {name: m.record() for name, m in stack.named.items() if hasattr(m, "record")}
+        if records and self.processes.main:
+            write_json(self.folder / "methods.json", records)
         return Artefact(model=trained, metrics=totals, folder=self.folder)
 
     def evaluate(self, model: Any) -> dict[str, Any]:
@@ -283,9 +287,11 @@ def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
 
     started = time.perf_counter()
     setup.settings(plan)
+    setup.require_tools(plan)
     recipe = plan.recipe
     info = inspect(recipe.model.id, revision=recipe.model.revision)
     task = recipe.model.task if recipe.model.task != "auto" else (info.task or "causal-lm")
+    plan.facts.add(f"precision:{setup.precision(plan)}")
     plan.settle_task(task)
     processes = Processes(recipe.training.sharding)
     folder = Path(recipe.output)
@@ -316,7 +322,7 @@ def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
     if shop.processes.main:
         save(
             model,
-            processor,
+            loaded.processor,  # a method may have added a token to it
             folder / "model",
             task=task,
             labels=data.labels,
@@ -341,7 +347,7 @@ def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
         finish_manifest(folder, **training)
         write_json(folder / "samples.json", shop.measure.samples(before, after))
         for choice in plan.analysis:
-            run.tables.append(choice.build().run([run], shop))
+            run.tables.append(choice.build().run([run], AnalysisContext(shop)))
         if run.tables:
             write_json(folder / "analysis.json", [vars(t) for t in run.tables])
         run.report()

@@ -11,6 +11,7 @@ from luthier.core.errors import UserError
 from luthier.engine.stack import Stack, WeightedSum, as_objective
 from luthier.runs.stages import run_stage
 
+SANDBOXED = "python-tests"
 TELLS_NOTHING = ("data", "input", "test", "train", "valid", "validation")
 
 
@@ -161,6 +162,14 @@ def settings(plan: Any) -> None:
     keep_pages()
     if plan.recipe.training.threads:
         torch.set_num_threads(plan.recipe.training.threads)
+
+
+def require_tools(plan: Any) -> None:
+    """Refuse at once what would fail only while measuring: a sandbox that cannot be closed on this machine."""
+    if plan.verifier is not None and plan.verifier.slug == SANDBOXED:
+        from luthier.evaluation import sandbox
+
+        sandbox.check()
 
 
 def precision(plan: Any) -> str:

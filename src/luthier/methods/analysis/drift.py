@@ -149,7 +149,7 @@ class Drift:
                 notes.append(f"{label}: not compared (absent on one side, another shape, or whole numbers): {skipped}")
             if sums:
                 sums["all"] = np.sum(list(sums.values()), axis=0)
-            for part, (size, change, base, changed) in sums.items():
+            for part, (size, change, base, changed) in ((p, v.tolist()) for p, v in sums.items()):
                 n = int(size)
                 relative = math.sqrt(change / base) if base else None
                 rows.append((label, "weight change", part, math.sqrt(change), n, None, None, "norm"))

@@ -229,6 +229,10 @@ class HalfFineTuning:
             "trainable_share": (sum(s for s, _ in parts.values()) + outside) / total,
         }
 
+    def record(self) -> dict[str, Any]:
+        """For the run's ``methods.json``: the tensors that are trained."""
+        return self.trained_tensors()
+
     # -- the choice
 
     def _refuse_many(self) -> None:

@@ -22,6 +22,7 @@ Example::
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -111,11 +112,17 @@ class MaskedThought:
             list[int] | None, Field(description="further token ids that are never corrupted or drawn")
         ] = None,
         seed: Annotated[int, Field(ge=0, description="another draw of the noise under the same run seed")] = 0,
+        strip_mask_token: Annotated[
+            bool, Field(description="take an added mask token out again after training")
+        ] = True,
     ) -> None:
         self.rate_max, self.rate_schedule, self.rate_warmup = rate_max, rate_schedule, rate_warmup
         self.rate_warmup_examples, self.corruption, self.mix_rho = rate_warmup_examples, corruption, mix_rho
         self.mask_token, self.where, self.answer_marker = mask_token, where, answer_marker
         self.drop_attention, self.exclude_ids, self.seed = drop_attention, list(exclude_ids or []), seed
+        self.strip_mask_token = strip_mask_token
+        # The tokenizer as it was before a mask token was added.
+        self._plain: dict[str, Any] | None = None
         self._mask_id: int | None = None
         self._allowed: torch.Tensor | None = None
         self._markers: list[list[int]] | None = None
@@ -138,7 +145,18 @@ class MaskedThought:
     def prepare_model(self, model: Any, processor: Any) -> None:
         """With ``mask_token: add``: put the token into the vocabulary before parameters are chosen."""
         if self.mask_token == "add":
-            add_mask_token(model, processor)
+            before = copy.deepcopy(processor)
+            if add_mask_token(model, processor) >= len(before):
+                self._plain = vars(before)
+
+    def finish_model(self, model: Any, processor: Any) -> None:
+        """Take an added mask token out of tokenizer and embeddings again, unless it is to stay."""
+        if self._plain is not None and self.strip_mask_token:
+            strip_mask_token(model, mask_token_id(processor, "add"))
+            # Tokenizers cannot forget a token, so the one in use becomes what it was.
+            vars(processor).clear()
+            vars(processor).update(self._plain)
+            self._plain = None
 
     def __call__(self, batch: Batch, ctx: Context) -> Batch:
         """The batch with corrupted input ids; labels, weights, lengths and padding as they were."""
@@ -156,7 +174,7 @@ class MaskedThought:
         if self.drop_attention:
             mask_BT = batch.inputs.get("attention_mask")
             if mask_BT is None or mask_BT.dim() != 2:
-                raise UserError("masked-thought: drop_attention needs an attention mask per token; turn packing off.")
+                raise UserError("masked-thought: drop_attention needs an attention mask with one entry per token.")
             inputs["attention_mask"] = mask_BT.masked_fill(corrupted_BT, 0)
         ctx.log(
             masked_thought_rate=rate,
@@ -321,7 +339,7 @@ def add_mask_token(model: Any, tokenizer: Any) -> int:
 
 
 def strip_mask_token(model: Any, token_id: int) -> None:
-    """Take the last row, that of the added mask token, out of the embeddings again (save the original tokenizer).
+    """Take the last row, that of the added mask token, out of the embeddings again.
 
     Raises:
         LuthierError: other tokens stand behind it.
