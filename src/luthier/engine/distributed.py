@@ -7,6 +7,7 @@ modes are refused by name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,9 +24,18 @@ class Processes:
     Args:
         sharding: one of :data:`SHARDING`.
         device: overrides the device accelerate chooses.
+        trackers: names of accelerate's trackers.
+        folder: where trackers that write files put them.
     """
 
-    def __init__(self, sharding: str = "none", device: str | None = None) -> None:
+    def __init__(
+        self,
+        sharding: str = "none",
+        device: str | None = None,
+        *,
+        trackers: Sequence[str] = (),
+        folder: str | None = None,
+    ) -> None:
         if sharding not in SHARDING:
             raise UserError(
                 f"training.sharding '{sharding}' has no test that it gives the trajectory of one process, so it is "
@@ -34,7 +44,9 @@ class Processes:
             )
         from accelerate import Accelerator
 
-        self.accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
+        self.accelerator = Accelerator(
+            cpu=device == "cpu" or not torch.cuda.is_available(), log_with=list(trackers) or None, project_dir=folder
+        )
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device

@@ -157,22 +157,24 @@ class Workshop:
         if watched is not None:
             evaluate = lambda: quick_loss(session, watched.prepared, rows)  # noqa: E731
         trainer = Trainer(session, source.prepared, training, folder=self.folder, evaluate=evaluate)
-        trackers = self._trackers()
+        tracked = bool(training.trackers)
+        if tracked:
+            self.processes.accelerator.init_trackers(self.folder.name)
         with TrainProgress(trainer.total, quiet=self.quiet or not self.processes.main) as progress:
 
             def observe(event: str, values: dict[str, Any]) -> None:
                 progress(event, values)
-                if trackers is not None and event in ("step", "evaluation"):
+                if tracked and event in ("step", "evaluation"):
                     prefix = "train" if event == "step" else "eval"
                     shown = {
                         f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"
                     }
-                    trackers.log(shown, step=values["step"])
+                    self.processes.accelerator.log(shown, step=values["step"])
 
             trainer.observe = observe
             totals = trainer.run(resume=self.resume)
-        if trackers is not None:
-            trackers.end_training()
+        if tracked:
+            self.processes.accelerator.end_training()
         trained = _whole_model(self, session)
         for method in stack.parameters:
             trained = method.export(trained)
@@ -194,16 +196,6 @@ class Workshop:
     def score(self, prepared: Any, model: Any = None) -> Any:
         """Target log-probabilities of prepared rows, one tensor per row."""
         return self.session(model if model is not None else self.loaded.model).score(prepared)
-
-    def _trackers(self) -> Any:
-        names = self.plan.recipe.training.trackers
-        if not names or not self.processes.main:
-            return None
-        from accelerate import Accelerator
-
-        tracking = Accelerator(log_with=list(names), project_dir=str(self.folder), cpu=True)
-        tracking.init_trackers(self.folder.name)
-        return tracking
 
 
 def _decoder(plan: Any) -> Any:
@@ -293,8 +285,9 @@ def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
     task = recipe.model.task if recipe.model.task != "auto" else (info.task or "causal-lm")
     plan.facts.add(f"precision:{setup.precision(plan)}")
     plan.settle_task(task)
-    processes = Processes(recipe.training.sharding)
     folder = Path(recipe.output)
+    training = recipe.training
+    processes = Processes(training.sharding, trackers=training.trackers, folder=str(folder))
     say = Console(stderr=True, quiet=quiet or not processes.main).print
     if processes.main:
         _claim_folder(plan, folder, resume=resume)
@@ -334,17 +327,17 @@ def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
         model = apply_weights(plan, shop, folder)
     say("measuring the trained model")
     after = shop.evaluate(model)
-    training = {**artefact.metrics, "wall_seconds": time.perf_counter() - started}
+    totals = {**artefact.metrics, "wall_seconds": time.perf_counter() - started}
     metrics = {
         "before": before,
         "after": after,
-        "training": training,
+        "training": totals,
         "confidence": recipe.evaluation.confidence,
     }
     run = Run(folder=folder, model=model, processor=processor, metrics=metrics)
     if shop.processes.main:
         write_json(evaluation_file, metrics)
-        finish_manifest(folder, **training)
+        finish_manifest(folder, **totals)
         write_json(folder / "samples.json", shop.measure.samples(before, after))
         for choice in plan.analysis:
             run.tables.append(choice.build().run([run], AnalysisContext(shop)))
