@@ -251,12 +251,13 @@ def luthier(job: Job, turns: Turns) -> None:
     prepared = data.train.prepared
     trainer = Trainer(session, prepared, plan.recipe.training, observe=lambda event, values: after(event))
 
+    before = [0]
+
     def after(event: str) -> None:
         if event in ("step", "tick"):
-            index = trainer.order.rows(session.step - 1)[1]
-            spans = prepared.fetch(index)["spans"]
-            supervised = sum(int((s[1::2] - s[0::2]).sum()) for s in spans)
-            turns.step(trainer.order.lengths[index].tolist(), supervised)
+            lengths = trainer.order.lengths[trainer.order.rows(session.step - 1)[1]].tolist()
+            supervised, before[0] = trainer.seen["supervised"] - before[0], trainer.seen["supervised"]
+            turns.step(lengths, supervised)
 
     turns.ready()
     trainer.run()

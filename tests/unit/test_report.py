@@ -402,3 +402,12 @@ def test_the_manifest(tmp_path: Path) -> None:
     )
     assert found["hardware"]["cores"] >= 1
     assert found["started"] <= found["finished"]
+
+
+@pytest.mark.parametrize("values", [[0.5] * 6, [0.5012, 0.5012000000000001, 0.5012], [0.0, 0.0], [-3.0]])
+def test_a_constant_curve_is_drawn(values):
+    from luthier.runs import plots
+
+    svg = plots.line_chart([plots.Series("share", list(enumerate(values)))], title="constant")
+    assert svg.startswith("<svg")
+    assert "nan" not in svg

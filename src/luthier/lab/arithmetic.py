@@ -12,14 +12,13 @@ from luthier.lab import Row, Task
 from luthier.lab.drawing import draw, in_split, pick, pick_levels
 
 SKILLS = ("add", "subtract", "multiply", "chain")
-_SIGN = {"add": "+", "subtract": "-", "multiply": "*"}
 _WORDINGS = {
     "add": ("{a}+{b}=", "add {a} and {b}\n", "what is {a} plus {b}?\n", "sum of {a} and {b}\n"),
     "subtract": ("{a}-{b}=", "subtract {b} from {a}\n", "what is {a} minus {b}?\n", "take {b} away from {a}\n"),
     "multiply": ("{a}*{b}=", "multiply {a} by {b}\n", "what is {a} times {b}?\n", "product of {a} and {b}\n"),
 }
 # Largest first and second operand by difficulty, and the smallest of both.
-_SIZES = {
+_SIZES: dict[str, dict[int, tuple[int, int, int]]] = {
     "add": {1: (9, 9, 0), 2: (99, 99, 10), 3: (999, 999, 100)},
     "multiply": {1: (9, 9, 1), 2: (9, 99, 2), 3: (99, 99, 10)},
     "chain": {1: (9, 9, 1), 2: (50, 20, 1), 3: (99, 99, 1)},
@@ -101,8 +100,9 @@ def make(
         split: ``train`` or ``test``; no pair of operands (or chain) occurs in both.
         rng: where the numbers come from.
         skill: ``all``, or some of add, subtract, multiply, chain, joined by commas.
-        difficulty: ``all``, or some of 1 (operands to 20; tables to 9), 2 (two digits), 3 (three digits) joined by
-            commas; chains have one step more than their difficulty.
+        difficulty: ``all``, or some of 1 (operands of one digit), 2 (two digits; a product's first factor has one), 3
+            (three digits; products have two), joined by commas. Chains have one step more than their difficulty, and
+            operands to 9, 20 and 99.
         steps: whether a chain's completion shows each step before ``#### answer``.
     """
     skills, levels = pick(skill, SKILLS, "skill"), pick_levels(difficulty)

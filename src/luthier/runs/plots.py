@@ -14,6 +14,8 @@ from html import escape
 WIDTH, HEIGHT = 360, 216
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 34
 _MOST_POINTS = 160
+# A range this small beside its values is rounding.
+_FLAT = 1e-9
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,9 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str = "step", f
         return ""
     xs = [p[0] for _, points in curves for p in points]
     low, high = _range([y for _, points in curves for p in points for y in p[2:]])
+    if high - low <= _FLAT * max(abs(low), abs(high)):  # a constant, but for rounding: draw it in the middle
+        margin = abs(high) / 10 or 1.0
+        low, high = low - margin, high + margin
     y_ticks = nice_ticks(min(low, 0.0) if from_zero else low, high)
     x_ticks = [t for t in nice_ticks(min(xs), max(xs), 6) if min(xs) <= t <= max(xs)] or [xs[0]]
     x0, x1, y0, y1 = min(xs), max(xs), y_ticks[0], y_ticks[-1]
