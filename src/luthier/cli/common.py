@@ -28,6 +28,9 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
+_SAID_ELSEWHERE = ("perplexity", "nll", "judged", "finished", "tokens", "ece_equal_width", "mean_probability")
+
+
 def say(kind: str, text: str) -> None:
     """One line on stderr, whatever line breaks the text holds; the kind in colour on a terminal."""
     line = " ".join(str(text).split("\n")).strip()
@@ -138,19 +141,43 @@ def show_metrics(out: Console, stages: Stages) -> None:
 
 
 def show_side_by_side(out: Console, runs: Stages) -> None:
-    """As :func:`show_metrics`, with a column per run, no intervals, and the best value of each row in bold."""
+    """As :func:`show_metrics`, with a column per run, half the interval behind each value, and the best in bold.
+
+    Metrics that only say another one again are left out: they stand in each run's report.
+    """
 
     def cells(found: list[Any]) -> list[str]:
         values = [m["value"] if m else None for m in found]
         known = [v for v in values if isinstance(v, int | float)]
         direction = next((m["direction"] for m in found if m and m.get("direction")), "")
         best = {"higher": max, "lower": min}[direction](known) if known and direction else None
-        return [f"[bold]{number(v)}[/bold]" if v == best and v is not None else number(v) for v in values]
+        shown = [number(v) + _half(m) for v, m in zip(values, found, strict=True)]
+        return [
+            f"[bold]{text}[/bold]" if v == best and v is not None else text
+            for v, text in zip(values, shown, strict=True)
+        ]
 
-    _metric_table(out, runs, cells, list(runs))
+    brief = {
+        run: {group: {k: v for k, v in metrics.items() if k not in _SAID_ELSEWHERE} for group, metrics in part.items()}
+        for run, part in runs.items()
+    }
+    _metric_table(out, brief, cells, list(runs), note="behind ± half the confidence interval")
 
 
-def _metric_table(out: Console, stages: Stages, cells: Callable[[list[Any]], list[str]], columns: list[str]) -> None:
+def _half(metric: Mapping[str, Any] | None) -> str:
+    if not metric or metric.get("low") is None or metric.get("high") is None:
+        return ""
+    return f" ±{number((metric['high'] - metric['low']) / 2, 2)}"
+
+
+def _metric_table(
+    out: Console,
+    stages: Stages,
+    cells: Callable[[list[Any]], list[str]],
+    columns: list[str],
+    *,
+    note: str = "in brackets the confidence interval",
+) -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -168,7 +195,7 @@ def _metric_table(out: Console, stages: Stages, cells: Callable[[list[Any]], lis
         table.add_row(f"  {escape(name.replace('_', ' '))}{arrow}", *cells(found))
         last = group
     out.print(table)
-    out.print("↓ less is better, ↑ more is better; in brackets the confidence interval", style="dim", soft_wrap=True)
+    out.print(f"↓ less is better, ↑ more is better; {note}", style="dim", soft_wrap=True)
 
 
 def _interval(metric: Mapping[str, Any]) -> str:

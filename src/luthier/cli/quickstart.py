@@ -27,7 +27,8 @@ def quickstart(
 
     def human(out: Any) -> None:
         base = next((run["before"] for run in runs.values() if run.get("before")), None)
-        common.show_side_by_side(out, ({"base": base} if base else {}) | {m: run["after"] for m, run in runs.items()})
+        columns = ({"base": base} if base else {}) | {m: run["after"] | _cost(run) for m, run in runs.items()}
+        common.show_side_by_side(out, {name: _brief(part) for name, part in columns.items()})
         out.print(f"\nreport  {result['report']}", markup=False, soft_wrap=True)
         out.print("next    luthier init MODEL DATA, or luthier methods", markup=False)
 
@@ -36,3 +37,16 @@ def quickstart(
 
 def _brief(part: Any) -> Any:
     return {k: v for k, v in part.items() if k != "items"} if isinstance(part, dict) else part
+
+
+def _cost(run: Any) -> dict[str, Any]:
+    spent = run.get("training") or {}
+    if not spent.get("parameters"):
+        return {}
+    share = spent["trainable_parameters"] / spent["parameters"]
+    return {
+        "cost": {
+            "trained share": {"value": share, "direction": "lower"},
+            "training seconds": {"value": spent["seconds"], "direction": "lower"},
+        }
+    }

@@ -212,7 +212,9 @@ class Training(_Strict):
     save_steps: Positive | None = Field(None, description="a checkpoint every so many steps")
     keep_checkpoints: Positive = Field(2, description="how many checkpoints stay on disk")
     eval_steps: Positive | None = Field(None, description="loss on the test rows every so many steps")
-    early_stopping: EarlyStopping | None = Field(None, description="{patience, min_delta} on the loss of data.select or data.test")
+    early_stopping: EarlyStopping | None = Field(
+        None, description="{patience, min_delta} on the loss of data.select or data.test"
+    )
     log_steps: Positive = Field(10, description="metrics every so many steps")
     threads: Positive | None = Field(None, description="CPU threads; null leaves torch's choice")
     buckets: bool = Field(True, description="batches of rows of similar length")

@@ -180,6 +180,9 @@ QUICKSTART: dict[str, dict[str, Any]] = {
 }
 
 
+QUICKSTART_DATA = "lab:strings?skill=first,last&difficulty=2"
+
+
 def quickstart(folder: str | Path = "runs/quickstart", *, quiet: bool = False) -> dict[str, Any]:
     """Build the lab base, fine-tune it three ways and compare.
 
@@ -197,8 +200,8 @@ def quickstart(folder: str | Path = "runs/quickstart", *, quiet: bool = False) -
         run = tune(
             {
                 "model": "lab:nano",
-                "data": {"train": "lab:arithmetic", "test": "lab:arithmetic", "keep": "default", "limit": 2000},
-                "training": {"learning_rate": 1e-3, "batch_rows": 32, "epochs": 2, "log_steps": 20},
+                "data": {"train": QUICKSTART_DATA, "test": QUICKSTART_DATA, "limit": 2000},
+                "training": {"learning_rate": 1e-3, "batch_rows": 16, "epochs": 4, "log_steps": 20},
                 "evaluation": {"max_new_tokens": 32, "limit": 200},
                 "output": str(folder / name),
                 **sections,
