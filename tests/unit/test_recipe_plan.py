@@ -182,7 +182,10 @@ def test_problems_in_a_file_carry_the_line(tmp_path):
     [
         (
             {"training": {"gradient_checkpointing": True}},
-            ["does not go with gradient checkpointing", "scored row by row. Way out: set training.gradient_checkpointing: false"],
+            [
+                "does not go with gradient checkpointing",
+                "scored row by row. Way out: set training.gradient_checkpointing: false",
+            ],
         ),
         (
             {"training": {"precision": "bf16"}},

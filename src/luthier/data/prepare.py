@@ -127,6 +127,12 @@ class Prepared:
         places = list(zip(chunk.tolist(), (index - self._starts[chunk]).tolist(), strict=True))
         return {name: self._values(name, places) for name in self._table.schema.names}
 
+    def only(self, names: Sequence[str]) -> Prepared:
+        """The same rows, of which :meth:`fetch` reads these columns alone (those that are there)."""
+        kept = [n for n in self._table.schema.names if n in {*names, "length", "key", "index"}]
+        narrow = self.dataset.select_columns(kept)
+        return Prepared(narrow, self.rows, self.task, self.labels, self.report, self.fingerprint)
+
     def _values(self, name: str, places: list[tuple[int, int]]) -> list[Any]:
         kind = self._table.schema.field(name)
         if pa.types.is_list(kind.type):

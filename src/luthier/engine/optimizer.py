@@ -81,6 +81,7 @@ def make_optimizer(model: torch.nn.Module, stack: Stack, training: Any) -> torch
             matrices, vectors = [p for p in wanted if p.dim() > 1], [p for p in wanted if p.dim() < 2]
             parts = [(wanted, own)] if own is not None else [(matrices, training.weight_decay), (vectors, 0.0)]
             groups += [{"params": ps, "weight_decay": decay, "lr_scale": scale} for ps, decay in parts if ps]
+    groups = _joined(groups)
     if training.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=training.learning_rate, momentum=training.beta1)
     sharded = any(hasattr(p, "full_tensor") for g in groups for p in g["params"])
@@ -91,6 +92,15 @@ def make_optimizer(model: torch.nn.Module, stack: Stack, training: Any) -> torch
         eps=training.epsilon,
         fused=None if sharded else True,
     )
+
+
+def _joined(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups that differ in nothing but their tensors as one, so that the fused optimiser is called once."""
+    joined: dict[tuple[float, float], dict[str, Any]] = {}
+    for group in groups:
+        key = (group["weight_decay"], group["lr_scale"])
+        joined.setdefault(key, {**group, "params": []})["params"].extend(group["params"])
+    return list(joined.values())
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

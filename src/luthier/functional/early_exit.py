@@ -125,12 +125,14 @@ def dynamic(
                 waiting.clear()
                 kept.clear()
             assert logits is not None
+            assert hidden is not None
             logits_V = logits[0, -1].float()
             confidence, top = torch.softmax(logits_V, dim=-1).max(dim=-1)
             if observe is not None:
                 observe(segment, float(confidence), int(top))
             if segment == len(exits) - 1 or float(confidence) >= thresholds[segment]:
                 break
+        assert hidden is not None
         if segment < len(exits) - 1:
             if propagate and done.ids:
                 for deeper in range(segment + 1, len(exits)):

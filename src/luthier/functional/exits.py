@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def check_exits(exits: Sequence[int]) -> tuple[int, ...]:
     Raises:
         UserError: they do not.
     """
-    if not exits or exits[0] < 1 or any(b <= a for a, b in zip(exits, exits[1:], strict=False)):
+    if not exits or exits[0] < 1 or any(b <= a for a, b in pairwise(exits)):
         raise UserError(
             f"exits: {list(exits)} must be block numbers that increase strictly, the first block being 1; for example "
             "[4, 6, 8] for a model of 8 blocks."
@@ -261,7 +262,8 @@ class Blocks:
         """Run blocks ``start`` to ``stop``, counted from 0, ``stop`` not included.
 
         Args:
-            start, stop: the range.
+            start: first block of the range.
+            stop: the one behind its last.
             ids_BT: token ids; needed where the range begins with the first block.
             entering: [B, T, H], what left block ``start`` (1 is the first) for these positions.
             cache: of :meth:`cache`; the positions follow those it holds in the range's blocks.

@@ -28,6 +28,7 @@ class TrainProgress:
             TimeRemainingColumn(),
             console=self.console,
             disable=quiet,
+            refresh_per_second=4,  # drawing takes a core's time from small models
         )
         self.bar = self.progress.add_task("training", total=total, shown="")
 

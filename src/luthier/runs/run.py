@@ -156,7 +156,8 @@ class Workshop:
         evaluate: Callable[[], dict[str, float]] | None = None
         if watched is not None:
             evaluate = lambda: quick_loss(session, watched.prepared, rows)  # noqa: E731
-        trainer = Trainer(session, source.prepared, training, folder=self.folder, evaluate=evaluate)
+        rows_read = source.prepared.only((*session.task.reads, *stack.needs.columns))
+        trainer = Trainer(session, rows_read, training, folder=self.folder, evaluate=evaluate)
         tracked = bool(training.trackers)
         if tracked:
             self.processes.accelerator.init_trackers(self.folder.name)

@@ -38,9 +38,15 @@ class Encoded:
 
 
 class Task(Protocol):
-    """What a model is used for."""
+    """What a model is used for.
+
+    Attributes:
+        name: as in recipes.
+        reads: the columns of prepared rows that :meth:`collate` needs.
+    """
 
     name: str
+    reads: tuple[str, ...]
 
     def __init__(self, processor: Any) -> None: ...
 

@@ -52,6 +52,7 @@ class CausalLM:
     """Next-token prediction over rows of token ids with supervised spans."""
 
     name = "causal-lm"
+    reads: tuple[str, ...] = ("input_ids", "spans")
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -65,10 +66,12 @@ class CausalLM:
         """Rows of ``input_ids`` and flat ``spans``; padding is known by the mask, never by an id."""
         ids_BT, mask_BT = pad(rows["input_ids"], self.pad_id)
         width = ids_BT.shape[1]
+        # +1 where a span starts and -1 where it ends; the running sum is positive inside.
         edges = np.zeros((len(rows["spans"]), width + 1), dtype=np.int64)
-        for b, spans in enumerate(rows["spans"]):
-            np.add.at(edges[b], np.asarray(spans[0::2]), 1)
-            np.add.at(edges[b], np.asarray(spans[1::2]), -1)
+        counts = np.fromiter((len(s) for s in rows["spans"]), dtype=np.int64, count=len(rows["spans"]))
+        ends = np.concatenate([np.asarray(s, dtype=np.int64) for s in rows["spans"]])
+        signs = 1 - 2 * (np.arange(len(ends)) % 2)
+        np.add.at(edges, (np.repeat(np.arange(len(counts)), counts), ends), signs)
         supervised_BT = torch.from_numpy(edges.cumsum(axis=1)[:, :width] > 0)
         supervised_BT[:, 0] = False  # nothing stands before the first token to predict it from
         example_N, token_N = torch.nonzero(supervised_BT, as_tuple=True)

@@ -26,6 +26,7 @@ class _PerExample:
     """One label per example."""
 
     name = ""
+    reads: tuple[str, ...] = ()
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -54,6 +55,7 @@ class SequenceClassification(_PerExample):
     """One class per text."""
 
     name = "sequence-classification"
+    reads: tuple[str, ...] = ("input_ids", "label")
 
     def collate(self, rows: Mapping[str, Sequence[Any]], index_B: Any, columns: Sequence[str] = ()) -> Batch:
         """Rows of ``input_ids`` and ``label``."""
@@ -65,6 +67,7 @@ class ImageClassification(_PerExample):
     """One class per picture."""
 
     name = "image-classification"
+    reads: tuple[str, ...] = ("image", "label")
 
     def collate(self, rows: Mapping[str, Sequence[Any]], index_B: Any, columns: Sequence[str] = ()) -> Batch:
         """Rows of ``image`` (path or bytes) and ``label``; pictures are decoded here."""
@@ -81,6 +84,7 @@ class TokenClassification:
     """One tag per word, at its first sub-token."""
 
     name = "token-classification"
+    reads: tuple[str, ...] = ("input_ids", "positions", "tags")
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor

@@ -124,7 +124,7 @@ class UtilityDiversitySampling:
         # What is computed from these and from the model.
         self._longest: int | None = max_length
         self._cosines: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._known: tuple[list[Any], OutputMap] | None = None
+        self._known: tuple[Any, OutputMap, list[torch.Tensor]] | None = None
 
     def prepare(self, ctx: Context, dataset: Any) -> None:
         """Settle T, and refuse or warn about what the task cannot give."""
@@ -329,16 +329,14 @@ class UtilityDiversitySampling:
         tensors = [t for t in (weight_VH, bias_V) if t is not None]
         # A tensor may be opened, trained and frozen again; its version then tells that it has changed.
         trained = any(t.requires_grad for t in tensors)
-        key = [ctx.step if trained else -1, *(v for t in tensors for v in (t, t._version))]
-        if self._known is not None:
-            known, map_ = self._known
-            if len(known) == len(key) and all(a is b or (isinstance(a, int) and a == b) for a, b in zip(known, key)):
-                return map_
+        key = (ctx.step if trained else None, *((id(t), t._version) for t in tensors))
+        if self._known is not None and self._known[0] == key:
+            return self._known[1]
         # Sharded weights are gathered.
         weight_VH, *rest = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]
         cosine_RV = self._cosine(weight_VH.shape[0], weight_VH.device, ctx)[0] if self.alpha > 0 else None
         map_ = output_map(weight_VH, rest[0] if rest else None, cosine_RV, gram=self.utility != "none")
-        self._known = (key, map_)
+        self._known = (key, map_, tensors)  # the tensors are held so that their ids stay theirs
         return map_
 
     def _queue(self, sketch_BD: torch.Tensor) -> torch.Tensor:
