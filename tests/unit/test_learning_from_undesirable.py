@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 from fakes import KnownLogp
-from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertForSequenceClassification
 
 from helpers import PROCESSOR, OpenAll, make_session, random_rows, settings, tiny_llama, weights
 from luthier.core.errors import LuthierError, UserError
 from luthier.core.protocols import Batch
 from luthier.core.rng import stream
 from luthier.engine.loop import Trainer
-from luthier.functional.representation_shift import normalised_step, row_distance, with_gradients
 from luthier.functional.temporary_additions import places
 from luthier.methods.objectives.learning_from_undesirable import LearningFromUndesirable
 from luthier.methods.objectives.sft import SupervisedFineTuning
@@ -46,7 +45,7 @@ class TwoLinearBlocks(torch.nn.Module):
 
 
 class LinearContext:
-    """log p of position n is -(v . h2)^2 / 2."""
+    """log p of position n is -||V h2||^2 / 2."""
 
     step, device, totals = 0, torch.device("cpu"), {}
 
@@ -57,13 +56,13 @@ class LinearContext:
         return stream(0, name, *keys)
 
     def forward(self, batch):
-        state = self.model(**batch.inputs).reshape(-1, len(self.v)).index_select(0, batch.position_N)
-        return KnownLogp(-0.5 * (state @ self.v).square())
+        state = self.model(**batch.inputs).reshape(-1, 3).index_select(0, batch.position_N)
+        return KnownLogp(-0.5 * (state @ self.v.T).square().sum(-1))
 
 
 def linear_case():
     rng = np.random.default_rng(0)
-    first, second, x, v = (rng.normal(size=s) for s in ((3, 3), (3, 3), (2, 4, 3), (3,)))
+    first, second, x, v = (rng.normal(size=s) for s in ((3, 3), (3, 3), (2, 4, 3), (2, 3)))
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     position = torch.tensor([1, 2, 4])
     batch = Batch(
@@ -93,28 +92,28 @@ def test_two_linear_blocks_by_hand(fused):
     ctx, batch, (first, second, x, v) = linear_case()
     alpha, factor = 0.3, 0.7
     loss = run_linear(ctx, batch, alpha=alpha, consistency_weight=factor, fused=fused)
-    # L = sum_n (v . h2_n)^2 / 2 over the three positions; g is that of its mean.
+    # L = sum_n ||V h2_n||^2 / 2 over the three positions; g is that of its mean.
     flat = x.reshape(-1, 3)[[1, 2, 4]]
     h2 = flat @ first.T @ second.T
-    g2 = ((h2 @ v)[:, None] * v).sum(0) / 3
+    g2 = (h2 @ v.T @ v).sum(0) / 3
     g1 = second.T @ g2
     norm = np.sqrt((g1**2).sum() + (g2**2).sum())
     d1, d2 = alpha * g1 / norm, alpha * g2 / norm
     # The shift of a linear network is the same for all tokens: d1 behind block 1, W2 d1 + d2 behind block 2.
     s1, s2 = d1, second @ d1 + d2
     apart = ((s1**2).sum() + (s2**2).sum()) / 2
-    assert float(loss.metrics["ascent_norm"][0]) == pytest.approx(norm, rel=1e-12)
-    assert float(loss.metrics["consistency"][0]) == pytest.approx(2 * apart, rel=1e-12)
+    assert float(loss.metrics["ascent_norm"][0]) == pytest.approx(norm, rel=1e-10)
+    assert float(loss.metrics["consistency"][0]) == pytest.approx(2 * apart, rel=1e-10)
     assert loss.metrics["consistency"][1] == 2
-    assert float(loss.metrics["consistency_block_1"][0]) == pytest.approx(2 * (s1**2).sum(), rel=1e-12)
-    assert float(loss.metrics["consistency_block_2"][0]) == pytest.approx(2 * (s2**2).sum(), rel=1e-12)
-    plain = 0.5 * ((h2 @ v) ** 2).sum()
+    assert float(loss.metrics["consistency_block_1"][0]) == pytest.approx(2 * (s1**2).sum(), rel=1e-10)
+    assert float(loss.metrics["consistency_block_2"][0]) == pytest.approx(2 * (s2**2).sum(), rel=1e-10)
+    plain = 0.5 * ((h2 @ v.T) ** 2).sum()
     # A mean over rows beside a mean over the step's 3 tokens: 2 rows * 3 / 2.
-    assert loss.sum.item() == pytest.approx(plain + factor * 3 * apart, rel=1e-12)
+    assert loss.sum.item() == pytest.approx(plain + factor * 3 * apart, rel=1e-10)
     # h' depends on W through h'1 = W1 x + d1 and h'2 = W2 h'1 + d2; h is constant.
     loss.sum.backward()
-    d_first = sum(np.outer(second.T @ v * (h @ v), xi) for h, xi in zip(h2, flat, strict=True))
-    d_second = sum(np.outer(v * (h @ v), first @ xi) for h, xi in zip(h2, flat, strict=True))
+    d_first = sum(np.outer(second.T @ v.T @ v @ h, xi) for h, xi in zip(h2, flat, strict=True))
+    d_second = sum(np.outer(v.T @ v @ h, first @ xi) for h, xi in zip(h2, flat, strict=True))
     for row, length in ((0, 4), (1, 2)):
         for xi in x[row, :length]:
             share = factor * 3 / 2 / length
@@ -129,7 +128,7 @@ def test_gradient_of_the_distance_by_finite_differences_with_the_step_held_const
     run_linear(ctx, batch, alpha=0.3, consistency_weight=0.7).sum.backward()
     analytic = ctx.model.layers[1].weight.grad.numpy().copy()
     flat = x.reshape(-1, 3)[[1, 2, 4]]
-    g2 = (((flat @ first.T @ second.T) @ v)[:, None] * v).sum(0)
+    g2 = (flat @ first.T @ second.T @ v.T @ v).sum(0)
     g1 = second.T @ g2
     d1, d2 = (0.3 * g / np.sqrt((g1**2).sum() + (g2**2).sum()) for g in (g1, g2))
     h1 = x @ first.T
@@ -138,7 +137,7 @@ def test_gradient_of_the_distance_by_finite_differences_with_the_step_held_const
     def total(w):
         moved = (h1 + d1) @ w.T + d2
         rows = [((d1**2).sum() + ((moved - h2)[b, :n] ** 2).sum(-1).mean()) / 2 for b, n in ((0, 4), (1, 2))]
-        return 0.5 * ((flat @ first.T @ w.T @ v) ** 2).sum() + 0.7 * 1.5 * sum(rows)
+        return 0.5 * ((flat @ first.T @ w.T @ v.T) ** 2).sum() + 0.7 * 1.5 * sum(rows)
 
     numeric = np.zeros((3, 3))
     for i, j in np.ndindex(3, 3):
@@ -151,10 +150,16 @@ def test_gradient_of_the_distance_by_finite_differences_with_the_step_held_const
 def test_a_twin_per_example_is_that_of_the_example_alone():
     ctx, batch, _ = linear_case()
     both = run_linear(ctx, batch, alpha=0.3, twin_per="example")
-    parts = [run_linear(ctx, batch.take(torch.tensor([b])), alpha=0.3) for b in (0, 1)]
+    parts = []
+    for row in (0, 1):
+        part = batch.positions(torch.nonzero(batch.sequence_N == row).squeeze(1))
+        part.inputs = {k: v[row : row + 1] for k, v in batch.inputs.items()}
+        part.position_N, part.sequence_N = part.position_N - 4 * row, part.sequence_N - row
+        part.row_B = batch.row_B[row : row + 1]
+        parts.append(run_linear(ctx, part, alpha=0.3))
     apart = sum(float(p.metrics["consistency"][0]) for p in parts)
-    assert float(both.metrics["consistency"][0]) == pytest.approx(apart, rel=1e-12)
-    assert both.sum.item() == pytest.approx(sum(p.sum.item() for p in parts), rel=1e-12)
+    assert float(both.metrics["consistency"][0]) == pytest.approx(apart, rel=1e-10)
+    assert both.sum.item() == pytest.approx(sum(p.sum.item() for p in parts), rel=1e-10)
 
 
 def test_stop_gradients_are_parts_of_one_whole():
@@ -186,7 +191,7 @@ def test_variants_of_the_distance():
     assert "consistency_block_1" not in second_only.metrics
     everything = run_linear(ctx, batch, alpha=0.3)
     assert float(second_only.metrics["consistency"][0]) == pytest.approx(
-        float(everything.metrics["consistency_block_2"][0]), rel=1e-12
+        float(everything.metrics["consistency_block_2"][0]), rel=1e-10
     )
     per_layer = run_linear(ctx, batch, alpha=0.3, norm_scope="per_layer")
     assert float(per_layer.metrics["consistency_block_1"][0]) == pytest.approx(2 * 0.3**2, rel=1e-10)
@@ -194,36 +199,6 @@ def test_variants_of_the_distance():
     s1 = float(everything.metrics["consistency_block_1"][0]) / 2
     norms = [(h1[0, 2:] ** 2).sum(-1).mean(), (h1[1, 1] ** 2).sum()]
     assert float(response.metrics["consistency_block_1"][0]) == pytest.approx(sum(s1 / n for n in norms), rel=1e-10)
-
-
-def test_the_step_and_the_distance_as_numbers():
-    steps, norm_S = normalised_step([torch.tensor([[3.0, 0.0]]), torch.tensor([[4.0]])], [0, 0], torch.tensor([10.0]))
-    assert norm_S.tolist() == [5.0]
-    assert [s.tolist() for s in steps] == [[[6.0, 0.0]], [[8.0]]]
-    steps, norm_S = normalised_step([torch.tensor([[3.0, 0.0]]), torch.tensor([[4.0]])], [0, 1], torch.tensor([10.0]))
-    assert norm_S.tolist() == [5.0]
-    assert [s.tolist() for s in steps] == [[[10.0, 0.0]], [[10.0]]]
-    twins, norm_S = normalised_step([torch.tensor([[3.0, 4.0], [0.0, 0.0]])], [0], torch.tensor([-1.0, -1.0]))
-    assert norm_S.tolist() == [5.0, 0.0]
-    torch.testing.assert_close(twins[0], torch.tensor([[-0.6, -0.8], [0.0, 0.0]]))
-    state, target = torch.tensor([[[1.0, 0.0], [9.0, 9.0]]]), torch.tensor([[[0.0, 2.0], [0.0, 0.0]]])
-    mask = torch.tensor([[True, False]])
-    assert row_distance(state, target, mask, mean_dim=False).tolist() == [5.0]
-    assert row_distance(state, target, mask).tolist() == [2.5]
-    assert row_distance(state, target, mask, relative=True).tolist() == [1.25]
-    assert row_distance(state, target, mask, distance="cosine").tolist() == [1.0]
-
-
-def test_formed_gradients_are_scaled_and_used_once():
-    x = torch.zeros(2, requires_grad=True)
-    value = with_gradients(torch.tensor(7.0), [x], [torch.tensor([1.0, 2.0])])
-    (3 * value).backward()
-    assert value.item() == 7.0
-    assert x.grad.tolist() == [3.0, 6.0]
-    value = with_gradients(torch.tensor(7.0), [x], [torch.tensor([1.0, 2.0])])
-    value.backward(retain_graph=True)
-    with pytest.raises(LuthierError, match="once only"):
-        value.backward()
 
 
 # -- on a transformer
@@ -501,13 +476,6 @@ def test_models_that_have_no_place_for_it():
     model.gradient_checkpointing_enable()
     with pytest.raises(UserError, match="gradient checkpointing"):
         a_session(model)
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=16, d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8))
-    with pytest.raises(UserError, match="encoder-decoder"):
-        places(t5, who="x")
-    bare = torch.nn.Linear(2, 2)
-    bare.config = SimpleNamespace()
-    with pytest.raises(UserError, match="no list of transformer blocks"):
-        places(bare, who="x")
 
 
 def test_outputs_of_an_unwatched_pass_and_bad_gradients_are_errors():

@@ -7,7 +7,8 @@ import pytest
 import torch
 from fakes import FakeContext, KnownLogp, token_batch
 
-from luthier.methods.selection.loss_top_k import LossTopK, highest, mean_loss
+from luthier.functional.per_example import mean_loss
+from luthier.methods.selection.loss_top_k import LossTopK, highest
 
 
 def test_mean_loss_is_the_weighted_mean_of_each_example():

@@ -135,8 +135,10 @@ class Batch:
         # A position's hidden row is example * width + offset, where width is T for tokens and 1 for examples.
         width = next((v.shape[1] for k, v in self.inputs.items() if k == "input_ids" and v.dim() == 2), 1)
         per_token = self.supervised_BT is not None
-        new_of_old = torch.full((rows,), -1, dtype=torch.long)
-        new_of_old[index_b] = torch.arange(index_b.numel())
+        device = self.sequence_N.device
+        index_b = index_b.to(device)
+        new_of_old = torch.full((rows,), -1, dtype=torch.long, device=device)
+        new_of_old[index_b] = torch.arange(index_b.numel(), device=device)
         new_N = new_of_old[self.sequence_N]
         kept = torch.nonzero(new_N >= 0).squeeze(1)
         part = self.positions(kept)

@@ -166,3 +166,50 @@ def token_weight(member: Member, logp_N: torch.Tensor) -> torch.Tensor:
     else:
         weight_N = torch.ones_like(logp_N)
     return weight_N * kept(member, logp_N)
+
+
+def detached_weight(
+    member: Member,
+    logp_N: torch.Tensor,
+    *,
+    floor: float | None = None,
+    cap: float | None = None,
+    sequence_N: torch.Tensor | None = None,
+    counted_N: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """w(p) [N] of a member, no gradient, clipped to [floor, cap].
+
+    Args:
+        member: whose weight.
+        logp_N: log-probabilities of the targets.
+        floor: smallest weight; None for none.
+        cap: largest weight; None for none.
+        sequence_N: where given, p is the geometric mean over the positions of the same example.
+        counted_N: bool, which positions enter that mean; all by default.
+    """
+    logp_N = logp_N.detach()
+    if sequence_N is not None and logp_N.numel():
+        counted = torch.ones_like(logp_N) if counted_N is None else counted_N.to(logp_N.dtype)
+        sums_B, counts_B = (logp_N.new_zeros(int(sequence_N.max()) + 1) for _ in range(2))
+        sums_B.index_add_(0, sequence_N, logp_N * counted)
+        counts_B.index_add_(0, sequence_N, counted)
+        logp_N = (sums_B / counts_B.clamp(min=1))[sequence_N]
+    weight_N = token_weight(member, logp_N)
+    return weight_N if floor is None and cap is None else weight_N.clamp(min=floor, max=cap)
+
+
+def weight_report(logp_N: torch.Tensor, weight_N: torch.Tensor, counted_N: torch.Tensor) -> dict[str, tuple]:
+    """Mean weight, and the shares of targets with p < 0.01 and p > 0.9, as (sum, count) of the counted positions."""
+    p_N, count = logp_N.detach().exp(), counted_N.sum()
+    return {
+        "weight": ((weight_N * counted_N).sum(), count),
+        "share_below_0.01": (((p_N < 0.01) * counted_N).sum(), count),
+        "share_above_0.9": (((p_N > 0.9) * counted_N).sum(), count),
+    }
+
+
+def weight_histogram(weight_N: torch.Tensor, counted_N: torch.Tensor) -> dict[str, tuple]:
+    """The share of weights in each tenth of [0, 1], as (sum, count); 1 and more belong to the last."""
+    bin_N = (weight_N * 10).long().clamp(0, 9)
+    sums = counted_N.new_zeros(10).index_add_(0, bin_N, counted_N)
+    return {f"weight_from_{i / 10}": (sums[i], counted_N.sum()) for i in range(10)}

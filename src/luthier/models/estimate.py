@@ -213,17 +213,17 @@ def count_trained(info: ModelInfo, plan: Any) -> tuple[int, int, str]:
     try:
         with torch.device("meta"):
             model = getattr(transformers, AUTO_CLASSES[task]).from_config(config)
-            opened: set[str] = set()
+        # Outside the block: methods draw random choices, which the meta device cannot.
+        opened: set[str] = set()
+        for choice in plan.parameters:
             model.requires_grad_(False)
-            for choice in plan.parameters:
-                model.requires_grad_(False)
-                model = choice.build().apply(model, _Setup(plan.recipe.seed, task))
-                opened |= {n for n, p in model.named_parameters() if p.requires_grad}
+            model = choice.build().apply(model, _Setup(plan.recipe.seed, task))
+            opened |= {n for n, p in model.named_parameters() if p.requires_grad}
     except (NotImplementedError, RuntimeError, ValueError) as error:
         return (
             info.parameters,
             info.parameters,
-            f"all weights counted as trained ({type(error).__name__} before loading)",
+            f"all weights counted as trained: a parameter method must see real weights ({error})",
         )
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     return sum(sizes[n] for n in opened), sum(sizes.values()), ""

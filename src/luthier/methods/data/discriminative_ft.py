@@ -1,7 +1,7 @@
 """Negatives for discriminative fine-tuning: answers that the base model itself gives to the training prompts.
 
-For each prompt x the base P0 writes m answers y'_1 .. y'_m; they are kept, in order, in the column ``negatives`` (a list
-of texts), which the objective of the same name reads. Epoch e of the objective uses ``samples_per_prompt`` of them, so
+For each prompt x the base P0 writes m answers y'_1 .. y'_m; they are kept, in order, in the column ``negatives`` (a
+list of texts), which the objective of the same name reads. Each epoch takes ``samples_per_prompt`` further ones, so
 
     samples >= samples_per_prompt * epochs
 

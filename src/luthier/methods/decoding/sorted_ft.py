@@ -175,6 +175,11 @@ class SortedDecoding:
         stop = sequences.stop_tokens(tokenizer.eos_token_id, model.generation_config.eos_token_id)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         exits = self._exits(model, depth)
+        draft = self.exit or exits[0]
+        if self.mode == "speculative" and draft >= depth:
+            raise UserError(
+                f"sorted-ft: exit: {draft} would draft with the whole model of {depth} blocks; choose 1 to {depth - 1}."
+            )
         written: list[Written] = []
         with Blocks(model) as blocks:
 
@@ -202,7 +207,7 @@ class SortedDecoding:
                         early_exit.speculative(
                             blocks,
                             **given,
-                            exit=self.exit or exits[0],
+                            exit=draft,
                             draft_length=self.draft_length,
                             draft_confidence=self.draft_confidence,
                             temperature=self.temperature,

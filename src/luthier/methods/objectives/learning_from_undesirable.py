@@ -386,7 +386,7 @@ class LearningFromUndesirable:
             if not bool(norm_S.isfinite().all()) and bool(loss.sum.detach().isfinite()):
                 raise LuthierError(
                     f"{SLUG}: the gradient of the additions is not finite at step {ctx.step + 1}, though the loss is "
-                    f"{float(loss.sum):g}; use precision fp32 or a lower training.learning_rate."
+                    f"{float(loss.sum.detach()):g}; use precision fp32 or a lower training.learning_rate."
                 )
             metrics["ascent_norm"] = (norm_S.sum(), len(norm_S))
             # No gradient means no step, and the distance is zero.

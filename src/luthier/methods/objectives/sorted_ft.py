@@ -11,7 +11,8 @@ step: ``one`` or r of them are drawn (uniformly, for each step), beside the whol
 in the paper) adds ``KL_n = T^2 KL(softmax(z_K / T) || softmax(z_n / T))`` for n < K, without gradient to the whole
 model's logits z_K.
 
-An exit's gradient is formed together with its loss, so the logits of one exit live at a time.
+An exit's gradient is formed together with its loss, so the logits of one exit live at a time; where the head is trained
+and tied to the input embedding the engine keeps or recomputes them, as it does for any loss.
 
 Paper: "Sorted LLaMA: Unlocking the Potential of Intermediate Layers of Large Language Models for Dynamic Inference
 (Using Sorted Fine-Tuning)", 2023, arXiv 2309.08968; the sampling of sub-models is that of "SortedNet", 2023, arXiv
@@ -208,7 +209,7 @@ class SortedFineTuning:
         chosen = self.chosen(exits, ctx)
         depth = exits[-1]
         factors = exit_factors(exits, depth, self.exit_weights, chosen)
-        gather = _Gather(ctx) if self.inner.needs.positionwise else None
+        gather = _Gather(ctx) if self.inner.needs.positionwise and not _tied(ctx) else None
         total: torch.Tensor | None = None
         made: Loss | None = None
         metrics: dict[str, tuple[Any, Any]] = {}
@@ -275,6 +276,12 @@ class SortedFineTuning:
         return divergence
 
 
+def _tied(ctx: Context) -> bool:
+    """Whether the trained head is also the input embedding: its gradient then comes from the blocks as well."""
+    weight_VH = ctx.output_layer()[0]
+    return weight_VH.requires_grad and transformers_model(ctx.model).get_input_embeddings().weight is weight_VH
+
+
 class _Gather:
     """Gradients formed exit by exit, so that no exit's logits outlive its loss; the head's are summed in one place."""
 
@@ -308,4 +315,5 @@ class _Gather:
         first = next((g for g in self.gradients if g is not None), None)
         if first is None:
             return 0.0
-        return Attach.apply(None, *self.trained, first.new_zeros((), dtype=torch.float32), None, *self.gradients)
+        zero = first.new_zeros((), dtype=torch.promote_types(first.dtype, torch.float32))
+        return Attach.apply(None, *self.trained, zero, None, *self.gradients)

@@ -22,17 +22,7 @@ from pydantic import Field
 
 from luthier.core.protocols import Batch, Context
 from luthier.core.registry import selection
-
-
-def mean_loss(logp_N: torch.Tensor, weight_N: torch.Tensor, sequence_N: torch.Tensor, examples: int) -> torch.Tensor:
-    """Weighted mean of -logp per example [B], in nats; -inf for an example without supervised weight."""
-    weight_N = weight_N.to(logp_N.dtype)
-    total_B = torch.zeros(examples, dtype=logp_N.dtype, device=logp_N.device)
-    count_B = torch.zeros_like(total_B)
-    total_B.index_add_(0, sequence_N, -logp_N * weight_N)
-    count_B.index_add_(0, sequence_N, weight_N)
-    nothing_B = torch.full_like(total_B, -torch.inf)
-    return torch.where(count_B > 0, total_B / count_B.clamp(min=1e-30), nothing_B)
+from luthier.functional.per_example import mean_loss
 
 
 def highest(loss_B: torch.Tensor, keep: float) -> torch.Tensor:
