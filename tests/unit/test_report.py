@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from luthier.core.errors import UserError
-from luthier.models.card import fenced, write_card
+from luthier.runs.card import fenced, write_card
 from luthier.runs import plots
 from luthier.runs import verdict as judging
 from luthier.runs.manifest import finish_manifest, write_manifest

@@ -31,7 +31,8 @@ CONFIGS = {
     "llama": LlamaConfig(**SIZES, **WIDE, **IDS),
     "gpt2": GPT2Config(vocab_size=24, n_embd=32, n_layer=4, n_head=4, n_positions=64, initializer_range=0.4, **IDS),
     "gemma2": Gemma2Config(
-        **SIZES, **WIDE, **IDS, num_key_value_heads=2, head_dim=8, sliding_window=5, final_logit_softcapping=5.0
+        **SIZES, **WIDE, **IDS, num_key_value_heads=2, head_dim=8, sliding_window=5, final_logit_softcapping=5.0,
+        tie_word_embeddings=False,
     ),
     "qwen3": Qwen3Config(**SIZES, **WIDE, **IDS, num_key_value_heads=2, head_dim=8),
     "opt": OPTConfig(
@@ -116,7 +117,7 @@ def test_ranges_with_a_cache_in_pieces(kind):
         joint = torch.cat(left, 1)
         first, _ = blocks.run(2, 4, entering=joint[:, :4], cache=cache, logits=4)
         second, _ = blocks.run(2, 4, entering=joint[:, 4:], cache=cache, logits=5)
-    torch.testing.assert_close(torch.cat([first, second], 1), whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole, atol=5e-5, rtol=0)
 
 
 def test_storing_makes_the_keys_of_a_block_from_a_given_state():

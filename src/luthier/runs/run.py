@@ -273,7 +273,7 @@ def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
         UserError: something in the recipe or the data; raised before weights are loaded wherever that is possible.
         LuthierError: training failed.
     """
-    from luthier.models.card import write_card
+    from luthier.runs.card import write_card
     from luthier.models.load import inspect, load_processor
     from luthier.models.save import save
     from luthier.runs.manifest import finish_manifest, write_manifest

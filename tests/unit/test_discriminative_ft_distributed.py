@@ -1,0 +1,92 @@
+"""Two gloo processes: one trajectory, one table of normalisers on both, saved and resumed; as one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from discriminative_rows import pair_session, random_pairs
+from safetensors.torch import load_file, save_file
+
+from helpers import settings, weights
+from luthier.engine.distributed import Processes
+from luthier.engine.loop import Trainer
+from luthier.methods.objectives.discriminative_ft import DiscriminativeFineTuning
+
+# 19 rows leave one process without a row in an epoch's last step.
+TRAINING = {
+    **{"optimizer": "sgd", "learning_rate": 0.2, "schedule": "constant", "max_grad_norm": 1.0},
+    **{"epochs": 2, "batch_rows": 6, "save_steps": 3},
+}
+ROWS = 19
+
+
+def train(processes, folder=None, stop=None, resume=False):
+    def kill(event, values):
+        if event in ("step", "tick") and values["step"] == stop:
+            raise SystemExit(7)
+
+    session = pair_session(DiscriminativeFineTuning(), processes=processes)
+    training = settings(**TRAINING)
+    Trainer(session, random_pairs(ROWS), training, folder=folder, observe=kill).run(resume=resume)
+    return session
+
+
+def main(folder, sharding, stop, resume):
+    torch.set_num_threads(1)
+    processes = Processes(sharding, device="cpu")
+    session = train(processes, folder, stop, resume)
+    found = {n: processes.whole(p.detach()).contiguous() for n, p in session.model.named_parameters()}
+    save_file(
+        {**found, "log_u": session.stack.objective.state()["log_u"]}, folder / f"rank-{processes.rank}.safetensors"
+    )
+    processes.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def launch(folder, sharding, *, stop=None, resume=False):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    here = Path(__file__)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    shared |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join([str(here.parents[1]), *sys.path])}
+    job = json.dumps([str(folder), sharding, stop, resume])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(here), job],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == (7 if stop else 0), output
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_two_processes_give_the_trajectory_and_the_normalisers_of_one(sharding, tmp_path):
+    alone = train(Processes(device="cpu"))
+    launch(tmp_path, sharding, stop=4)
+    launch(tmp_path, sharding, resume=True)
+    found = [load_file(tmp_path / f"rank-{rank}.safetensors") for rank in range(2)]
+    log_u = [f.pop("log_u") for f in found]
+    assert torch.equal(*log_u)
+    torch.testing.assert_close(log_u[0], alone.stack.objective.state()["log_u"], atol=1e-4, rtol=1e-4)
+    for name, value in weights(alone.model).items():
+        torch.testing.assert_close(found[0][name], value, atol=2e-5, rtol=1e-3)
+
+
+if __name__ == "__main__":
+    place, *options = json.loads(sys.argv[1])
+    main(Path(place), *options)
