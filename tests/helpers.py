@@ -56,7 +56,8 @@ class MemoryRows:
     task = "causal-lm"
     labels: tuple[str, ...] = ()
 
-    def __init__(self, rows: list[tuple[list[int], list[int]]]) -> None:
+    def __init__(self, rows: list[tuple[list[int], list[int]]], columns: dict[str, list[Any]] | None = None) -> None:
+        self.columns = columns or {}
         self.ids = [np.asarray(ids, dtype=np.int32) for ids, _ in rows]
         self.spans = [np.asarray(spans, dtype=np.int32) for _, spans in rows]
         self.lengths = np.asarray([len(i) for i in self.ids], dtype=np.int32)
@@ -71,18 +72,40 @@ class MemoryRows:
             "input_ids": [self.ids[i] for i in index],
             "spans": [self.spans[i] for i in index],
             "key": [self.keys[i] for i in index],
+            **{name: [values[i] for i in index] for name, values in self.columns.items()},
         }
 
 
+def written(ids: list[int]) -> str:
+    """Token ids as the text of a canonical row."""
+    return " ".join(map(str, ids))
+
+
 def random_rows(count: int = 24, *, seed: int = 0, vocabulary: int = 64) -> MemoryRows:
-    """Rows of 4 to 15 tokens, the second half supervised."""
-    rng = np.random.default_rng(seed)
+    """Rows of 4 to 15 tokens, the second half supervised, with the columns of canonical pairs and their negatives."""
+    rng, other = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     rows = []
+    columns: dict[str, list[Any]] = {"prompt": [], "completion": [], "negatives": []}
     for _ in range(count):
         length = int(rng.integers(4, 16))
         ids = [1, *rng.integers(3, vocabulary, size=length - 2).tolist(), 2]
         rows.append((ids, [length // 2, length]))
-    return MemoryRows(rows)
+        columns["prompt"].append(written(ids[1 : length // 2]))
+        columns["completion"].append(written(ids[length // 2 : -1]))
+        drawn = [other.integers(3, vocabulary, size=int(other.integers(0, 6))).tolist() for _ in range(4)]
+        columns["negatives"].append([written(ids) for ids in drawn])
+    nothing = {name: [None] * count for name in ("separator", "system", "messages", "tools")}
+    return MemoryRows(rows, {"kind": ["pair"] * count, **columns, **nothing})
+
+
+def render(rows: Any) -> Any:
+    """Canonical pairs whose texts are token ids, rendered as :func:`random_rows` has them."""
+    prompts = [[1, *map(int, row["prompt"].split())] for row in rows]
+    whole = [[*p, *map(int, row["completion"].split()), 2] for p, row in zip(prompts, rows, strict=True)]
+    made = MemoryRows([(ids, [len(p), len(ids)]) for p, ids in zip(prompts, whole, strict=True)])
+    fetched = made.fetch(range(len(made)))
+    del fetched["key"]
+    return CausalLM(PROCESSOR).collate(fetched, range(len(made)))
 
 
 class OpenAll:
@@ -120,6 +143,7 @@ def make_session(model: Any = None, *, seed: int = 0, processes: Processes | Non
         processes=processes or Processes(device="cpu"),
         seed=seed,
         fingerprint="",
+        render=render,
     )
 
 

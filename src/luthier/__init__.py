@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "generate", "methods", "tune"]
+__all__ = ["check", "evaluate", "generate", "merge", "methods", "tune"]
 
 
 def __getattr__(name: str) -> Any:
     # The public functions load torch; the command line must not pay for it when it prints help.
-    if name in {"tune", "evaluate", "generate"}:
+    if name in {"tune", "check", "evaluate", "generate", "merge"}:
         from luthier.runs import api
 
         return getattr(api, name)

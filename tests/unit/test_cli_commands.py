@@ -177,10 +177,12 @@ def test_evaluate(api, capsys):
 
 def test_generate_from_arguments(api, capsys):
     assert cli.run(["generate", "lab:nano", "1+1="]) == 0
-    assert api.calls["generate"] == ("lab:nano", ["1+1="], {"decoding": "greedy", "options": {}, "max_new_tokens": 256})
+    keys = {"decoding": "greedy", "options": {}, "max_new_tokens": 256, "seed": 0}
+    assert api.calls["generate"] == ("lab:nano", ["1+1="], keys)
     assert capsys.readouterr().out == "an [answer]\n"
     assert cli.run(["generate", "lab:nano", "a", "b", "-d", "sample", "-o", "temperature=0.5", "--json"]) == 0
-    assert api.calls["generate"][2] == {"decoding": "sample", "options": {"temperature": 0.5}, "max_new_tokens": 256}
+    keys |= {"decoding": "sample", "options": {"temperature": 0.5}}
+    assert api.calls["generate"][2] == keys
     assert json.loads(capsys.readouterr().out) == [
         {"prompt": "a", "completion": "an [answer]"},
         {"prompt": "b", "completion": "an [answer]"},

@@ -375,8 +375,10 @@ def test_rows_without_enough_negatives_are_refused_before_the_first_step(columns
 
 
 def test_rows_of_a_dataset_without_the_column_are_refused_too():
+    rows = random_rows()
+    del rows.columns["negatives"]
     with pytest.raises(UserError, match=r"data\.train, row 1: no negative available"):
-        Trainer(pair_session(DiscriminativeFineTuning()), random_rows(), settings())
+        Trainer(pair_session(DiscriminativeFineTuning()), rows, settings())
 
 
 def test_every_epoch_needs_its_own_negatives_unless_they_are_taken_again():

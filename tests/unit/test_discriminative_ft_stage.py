@@ -11,6 +11,7 @@ from data_tokenizers import byte_level
 from datasets import Dataset
 
 from helpers import tiny_llama
+from luthier.core import registry
 from luthier.core.errors import UserError
 from luthier.core.rng import stream
 from luthier.data.layouts import SCHEMA
@@ -61,10 +62,16 @@ class Base:
         model.generation_config.eos_token_id = self.processor.eos_token_id
         if says is not None:
             model.generate = self.speak
-        session = SimpleNamespace(
+        self.model = model
+        self.session = SimpleNamespace(
             processor=self.processor, device=torch.device("cpu"), rng=lambda name, *keys: stream(0, name, *keys)
         )
-        self.shop = SimpleNamespace(loaded=SimpleNamespace(model=model), session=lambda model: session)
+
+    def generate(self, prompts, *, samples, decoding, **options):
+        """As the run's stage context: samples of one prompt stand together."""
+        decoder = registry.get("decoding", decoding).build(options)
+        found = decoder.generate(self.model, [p for p in prompts for _ in range(samples)], self.session)
+        return [found[i : i + samples] for i in range(0, len(found), samples)]
 
     def speak(self, input_ids, attention_mask, generation_config):
         assert generation_config.do_sample

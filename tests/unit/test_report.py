@@ -15,9 +15,9 @@ import torch
 import yaml
 
 from luthier.core.errors import UserError
-from luthier.runs.card import fenced, write_card
 from luthier.runs import plots
 from luthier.runs import verdict as judging
+from luthier.runs.card import fenced, write_card
 from luthier.runs.manifest import finish_manifest, write_manifest
 from luthier.runs.report import duration, read_metrics, short_count, write_report
 

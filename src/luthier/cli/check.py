@@ -13,8 +13,15 @@ FINDINGS = {
     "dropped": "longer than the model or data.max_length takes, dropped",
     "truncated": "cut at the maximal length",
     "nothing_to_learn": "without a supervised token, left out",
-    "unsupervised_stop": "whose end token is not supervised, so stopping is not learnt",
+    "unsupervised_stop": "that do not end with a stop token of the tokenizer, so stopping is not learnt "
+    "(data.template: plain ends answers with it)",
     "doubled_bos": "that begin with two BOS tokens",
+}
+
+
+REPEATED = {
+    "duplicated_ids": ("id stands in more than one row", "ids stand in more than one row"),
+    "duplicated_rows": ("row repeats an earlier one", "rows repeat earlier ones"),
 }
 
 
@@ -48,9 +55,9 @@ def findings(source: dict[str, Any]) -> list[str]:
             lost = prepared.get("supervised_lost") if key == "truncated" else 0
             cost = f", which loses {number(lost)} supervised tokens" if lost else ""
             sentences.append(f"{number(count)} rows{share} {words}{cost}{f': {examples}' if examples else ''}")
-    for key, words in (("duplicated_ids", "ids that more than one row has"), ("duplicated_rows", "rows said before")):
+    for key, (one, more) in REPEATED.items():
         if count := read.get(key):
-            sentences.append(f"{number(count)} {words}")
+            sentences.append(f"{number(count)} {more if count > 1 else one}")
     return [f"{source['name']}: {sentence}" for sentence in sentences]
 
 
@@ -90,7 +97,7 @@ def _human(out: Any, result: dict[str, Any]) -> None:
     out.print()
     out.print(table)
     out.print()
-    for sentence in [s for source in sources(result["data"]) for s in findings(source)]:
+    for sentence in [*result.get("notes", ()), *(s for part in sources(result["data"]) for s in findings(part))]:
         out.print(f"note: {sentence}", markup=False, soft_wrap=True)
 
     estimate = result["estimate"]

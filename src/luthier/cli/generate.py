@@ -30,17 +30,15 @@ def generate(
         list[str] | None, typer.Option("--option", "-o", help="An option of it, such as temperature=0.7.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")] = 256,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of what a sampling method draws.")] = 0,
     as_json: common.Json = False,
 ) -> None:
     """Let a model answer prompts."""
     wanted = _prompts(prompts or [], file)
     options = _checked(decoding, option or [])
-    folder = Path(model).expanduser()
-    if (folder / "model" / "config.json").is_file() or (folder / "model" / "adapter_config.json").is_file():
-        model = str(folder / "model")
     from luthier.runs import api
 
-    answers = api.generate(model, wanted, decoding=decoding, options=options, max_new_tokens=max_new_tokens)
+    answers = api.generate(model, wanted, decoding=decoding, options=options, max_new_tokens=max_new_tokens, seed=seed)
     pairs = [{"prompt": p, "completion": a} for p, a in zip(wanted, answers, strict=True)]
 
     def human(_: Any) -> None:

@@ -6,12 +6,13 @@ Exit status: 0 done, 1 failed, 2 the user's input, 130 interrupted.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 import typer
 
-from luthier.cli import check, doctor, evaluate, generate, init, methods, migrate, quickstart, show_data, train
+from luthier.cli import check, doctor, evaluate, generate, init, merge, methods, migrate, quickstart, show_data, train
 from luthier.cli.common import say
 from luthier.core.errors import LuthierError
 
@@ -34,6 +35,7 @@ app.command("show-data")(show_data.show_data)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("merge")(merge.merge)
 app.command("methods")(methods.methods)
 app.command("doctor")(doctor.doctor)
 app.command("migrate")(migrate.migrate)
@@ -64,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status = typer.main.get_command(app).main(args=arguments, prog_name="luthier", standalone_mode=False)
         sys.stdout.flush()
-        return _interrupted() if status == INTERRUPTED else status if isinstance(status, int) else 0
+        return _interrupted(arguments) if status == INTERRUPTED else status if isinstance(status, int) else 0
     except LuthierError as error:
         if debug:
             raise
@@ -72,7 +74,7 @@ def run(arguments: Sequence[str]) -> int:
             say("error", line)
         return error.exit_status
     except (KeyboardInterrupt, typer.Abort):
-        return _interrupted()
+        return _interrupted(arguments)
     except BrokenPipeError:
         # The reader of a pipe, such as `head`, has enough: not an error. Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -86,8 +88,9 @@ def run(arguments: Sequence[str]) -> int:
         return 1
 
 
-def _interrupted() -> int:
-    say("interrupted", "a run keeps its checkpoints: luthier train RECIPE --resume goes on from the last one")
+def _interrupted(arguments: Sequence[str]) -> int:
+    training = "train" in arguments[:1]
+    say("interrupted", "the same command with --resume goes on from the last checkpoint" if training else "stopped")
     return INTERRUPTED
 
 
@@ -95,12 +98,15 @@ def _usage(error: Exception) -> int:
     """A wrong option or argument, as typer reports it."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "luthier"
-    say("error", f"{error.format_message().rstrip('.')}. See: {command} --help")  # type: ignore[attr-defined]
+    message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+    say("error", f"{message}{'' if message.endswith('?') else '.'} See: {command} --help")
     return getattr(error, "exit_code", 2)
 
 
 def main() -> None:
     """The console script."""
+    # A scheduler's SIGTERM ends a command as Ctrl-C does: with a word, and with half-written folders removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -259,6 +259,7 @@ class Context(Protocol):
     seed: int
     step: int
     total_steps: int | None
+    total_epochs: int
     epoch: int
     task: Any
     processor: Any

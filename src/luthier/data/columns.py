@@ -101,7 +101,7 @@ def strings(columns: Columns, column: str, problems: Problems, *, required: bool
 def _text_or_problem(value: Any, index: int, column: str, problems: Problems) -> str | None:
     if value is not None and not isinstance(value, str):
         fix = "Write it as text, in quotes." if isinstance(value, (int, float)) else "Expected text."
-        problems.add(index, column, f"is a {_kind(value)}, not text", fix, value)
+        problems.add(index, column, f"is {_kind(value)}, not text", fix, value)
         return None
     if value is not None:
         try:
@@ -116,6 +116,5 @@ def _text_or_problem(value: Any, index: int, column: str, problems: Problems) ->
 
 
 def _kind(value: Any) -> str:
-    return {bool: "boolean", int: "number", float: "number", dict: "object", list: "list"}.get(
-        type(value), type(value).__name__
-    )
+    known = {bool: "a boolean", int: "a number", float: "a number", dict: "an object", list: "a list"}
+    return known.get(type(value), type(value).__name__)

@@ -155,6 +155,8 @@ def _labels(columns: Columns, column: str, problems: Problems) -> pa.Array:
         value = values[index]
         if value is None:
             return column, "the label is null", "Every row needs a label.", columns.row(index)
+        if value == "":
+            return column, "the label is empty", "Every row needs a label.", columns.row(index)
         if names is not None:
             return column, f"the label {value} is not a class", f"Classes: 0 to {len(names) - 1}.", columns.row(index)
         return column, "the label is neither text nor a whole number", "Write class names or indices.", value

@@ -43,7 +43,7 @@ def spans_json(renderer: Renderer, row: dict[str, Any]) -> dict[str, Any]:
     """A JSON-able account of a row's tokens.
 
     Returns:
-        ``row``, ``source``, ``kind``, ``length``, ``supervised`` (number of tokens), ``spans``, ``prompt_length``,
+        ``row``, ``source``, ``kind``, ``length``, ``supervised`` (number of targets), ``spans``, ``prompt_length``,
         ``tokens`` (each with ``id``, ``text``, ``supervised``, ``origin``), and ``rejected`` for preference rows.
     """
     rendered = renderer.render(row)
@@ -52,11 +52,13 @@ def spans_json(renderer: Renderer, row: dict[str, Any]) -> dict[str, Any]:
         about["rejected"] = _side(renderer, rendered.rejected)
     if row.get("label") is not None:
         about["label"] = row["label"]
+        about["supervised"] = 1  # the class is the one target
     if row.get("tags"):
         about["tags"] = [
             {"position": p, "word": row["tokens"][w], "tag": row["tags"][w]}
             for p, w in zip(rendered.positions, rendered.words, strict=True)
         ]
+        about["supervised"] = len(about["tags"])
     return about
 
 

@@ -337,10 +337,10 @@ class _Maker:
         if self.overs:
             over, place = self.over[0]
             raise UserError(
-                f"{self.overs} of {report.rows} rows are longer than max_length {limit}; the longest, {place}, has "
-                f"{over + (limit or 0)} tokens. Raise `data.max_length`, or set `data.truncation` to keep_start or "
-                "drop.",
-                where="data.max_length",
+                f"{self.overs} of {report.rows} rows are longer than the {limit} tokens that data.max_length or the "
+                f"model takes; the longest, {place}, has {over + (limit or 0)}. Set `data.truncation` to drop (leave them "
+                "out) or keep_start (cut them), or raise `data.max_length` where it is below the model's limit.",
+                where="data.truncation",
             )
         nothing = report.nothing_to_learn
         if nothing > NOTHING_ALLOWED * report.rows or not report.kept:

@@ -11,6 +11,7 @@ on gradients or weights between steps belong to Luthier's loop and are refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,6 +60,8 @@ class BridgeTrainer(Trainer):
             raise UserError("the transformers bridge runs in one process; use Luthier's loop with training.sharding.")
         args.remove_unused_columns = False
         self.session, self.data = session, data
+        session.total_epochs = math.ceil(args.num_train_epochs)
+        session.stack.call("prepare", session, data)
         given = {"model": session.model, "args": args, "train_dataset": _Rows(data), "data_collator": self._collate}
         super().__init__(**given, **kwargs)
 

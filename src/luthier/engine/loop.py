@@ -128,6 +128,7 @@ class Trainer:
             oversample=session.stack.oversample,
         )
         session.total_steps = self.total = self.order.steps(training.epochs, training.max_steps)
+        session.total_epochs = self.order.locate(self.total - 1)[0] + 1
         session.stack.call("prepare", session, data)
         self.optimizer = make_optimizer(session.model, session.stack, training)
         self._parameters = list(session.model.parameters())

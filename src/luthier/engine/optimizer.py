@@ -47,7 +47,8 @@ def open_parameters(model: torch.nn.Module, stack: Stack, ctx: Any) -> torch.nn.
         UserError: two methods claim one tensor, or nothing is left to train.
     """
     model.requires_grad_(False)
-    claimed: dict[str, str] = {}
+    # By tensor and not by name: adapters rename what they wrap.
+    claimed: dict[int, str] = {}
     for method in stack.parameters:
         label = next(name for name, value in stack.named.items() if value is method)
         for parameter in model.parameters():
@@ -55,13 +56,13 @@ def open_parameters(model: torch.nn.Module, stack: Stack, ctx: Any) -> torch.nn.
         model = method.apply(model, ctx)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                if name in claimed:
+                if id(parameter) in claimed:
                     raise UserError(
-                        f"{claimed[name]} and {label} both claim the tensor '{name}'. Keep one of the two methods."
+                        f"{claimed[id(parameter)]} and {label} both claim the tensor '{name}'. Keep one of the two methods."
                     )
-                claimed[name] = label
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in claimed)
+                claimed[id(parameter)] = label
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in claimed)
     if not claimed:
         raise UserError("the parameter methods leave nothing to train.")
     return model

@@ -79,6 +79,7 @@ class Session:
         self.device = self.processes.device
         self.step, self.epoch, self.micro = 0, 0, 0
         self.total_steps: int | None = None
+        self.total_epochs = 1
         self.totals: dict[str, float] = {}
         self.logged: dict[str, float] = {}
         self.model: Any = model.to(self.device)

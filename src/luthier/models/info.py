@@ -26,6 +26,7 @@ _SUFFIXES = {
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 _MAX_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")
+_ROTARY_KEYS = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_dim", "rotary_pct", "rotary_emb_base")
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
@@ -51,6 +52,7 @@ class ModelInfo:
         tied: whether input and output embeddings are one tensor.
         adapter: the adapter's type (``LORA``, ...) when the folder is an adapter; None otherwise.
         base: the adapter's base model.
+        rotary: whether positions are rotations, which exist beyond ``max_length``, or a table that ends there.
     """
 
     id: str
@@ -75,6 +77,7 @@ class ModelInfo:
     tied: bool
     adapter: str | None = None
     base: str | None = None
+    rotary: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -225,6 +228,7 @@ def inspect(spec: str | Path, *, revision: str | None = None) -> ModelInfo:
         vocabulary=config.get("vocab_size"),
         tokenizer_size=_tokenizer_size(folder) or _tokenizer_size(config_folder),
         max_length=min(limits, default=None),
+        rotary=any(config.get(key) is not None for key in _ROTARY_KEYS),
         hidden=size_of("hidden_size", "n_embd", "d_model"),
         layers=size_of("num_hidden_layers", "n_layer"),
         heads=heads,

@@ -16,9 +16,9 @@ import torch
 
 from luthier.core.errors import LuthierError, UserError
 from luthier.core.rng import stream
-from luthier.core.store import atomic_folder
+from luthier.core.store import atomic_folder, write_json
 from luthier.models.load import Loaded, load
-from luthier.models.save import write_model, write_processor
+from luthier.models.save import RECORD, prompts_of, write_model, write_processor
 
 PROBES = (
     "Once upon a time, there was",
@@ -112,6 +112,8 @@ def merge_loaded(
     with atomic_folder(folder) as aside:
         write_model(merged, loaded.processor, aside, dtype=dtype)
         write_processor(loaded.processor, aside)
+        if prompts := prompts_of(loaded.folder):
+            write_json(aside / RECORD, {"prompts": prompts})
         del merged, model
         loaded.model = None
         again = load(aside, task=loaded.task)

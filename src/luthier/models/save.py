@@ -15,6 +15,8 @@ from luthier.core.store import atomic_folder, write_json
 from luthier.models.info import read_json
 from luthier.models.quiet import quiet
 
+# What Luthier remembers about a model beside the files of transformers and peft, which ignore it.
+RECORD = "luthier.json"
 # Settings of generation that only sampling reads; transformers refuses to save them beside do_sample: false.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -28,6 +30,7 @@ def save(
     task: str | None = None,
     labels: Sequence[str] = (),
     base_fingerprint: str | None = None,
+    prompts: dict[str, Any] | None = None,
     state: dict[str, Any] | None = None,
 ) -> Path:
     """Save a model, or the adapter of a ``peft.PeftModel``, with its tokenizer or image processor.
@@ -40,19 +43,23 @@ def save(
         task: recorded with an adapter, whose own files do not always tell.
         labels: recorded with an adapter.
         base_fingerprint: recorded with an adapter, so that it is not opened on another base.
+        prompts: how prompts were written in training, where the tokenizer alone does not tell
+            (:attr:`luthier.data.render.Renderer.prompts`); recorded, so that generation writes them alike.
         state: the whole state dict, where the parameters in memory are only parts (sharded training).
 
     Returns:
         The folder.
     """
     folder = Path(folder)
+    about: dict[str, Any] = {"prompts": prompts}
     with atomic_folder(folder) as aside:
         if hasattr(model, "peft_config"):
             write_adapter(model, aside, state=state)
-            about = {"task": task, "labels": list(labels), "base_fingerprint": base_fingerprint}
-            write_json(aside / "luthier.json", {k: v for k, v in about.items() if v})
+            about |= {"task": task, "labels": list(labels), "base_fingerprint": base_fingerprint}
         else:
             write_model(model, processor, aside, dtype=dtype, state=state)
+        if about := {k: v for k, v in about.items() if v}:
+            write_json(aside / RECORD, about)
         if processor is not None:
             write_processor(processor, aside)
     return folder
@@ -85,6 +92,7 @@ def write_model(
     if "use_cache" in config:
         config["use_cache"] = True
     write_json(folder / "config.json", config)
+    _readable(folder, "config.json")
 
 
 def write_adapter(model: Any, folder: Path, *, state: dict[str, Any] | None = None) -> None:
@@ -92,6 +100,14 @@ def write_adapter(model: Any, folder: Path, *, state: dict[str, Any] | None = No
     model.save_pretrained(folder, state_dict=state)
     # peft's own card template would stand where the run's card belongs.
     (folder / "README.md").unlink(missing_ok=True)
+    _readable(folder, "adapter_config.json")
+
+
+def _readable(folder: Path, like: str) -> None:
+    """Give weight files the mode of another file; safetensors makes them readable by their owner alone."""
+    mode = (folder / like).stat().st_mode
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def write_processor(processor: Any, folder: Path) -> None:
@@ -101,6 +117,12 @@ def write_processor(processor: Any, folder: Path) -> None:
         backend.no_padding()
         backend.no_truncation()
     processor.save_pretrained(folder)
+
+
+def prompts_of(folder: Path) -> dict[str, Any]:
+    """How prompts were written when the model was trained; empty where nothing is recorded."""
+    found: dict[str, Any] = read_json(file).get("prompts", {}) if (file := folder / RECORD).is_file() else {}
+    return found
 
 
 def put_generation_in_order(model: Any, processor: Any) -> None:

@@ -184,7 +184,9 @@ def _counted(rows: Rows) -> str:
 
 
 def _text_of(row: dict[str, Any], layout: Layout) -> str:
-    values = [row.get(column) for column in layout.fields.values()]
+    values = [row.get(column) for part, column in layout.fields.items() if part not in ("label", "tags")]
+    if "tokens" in layout.fields:
+        return " ".join(map(str, row.get(layout.fields["tokens"]) or ()))
     return "\n".join(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str) for v in values)
 
 
@@ -195,7 +197,8 @@ def _lengths(rows: Rows, layout: Layout, info: ModelInfo | None) -> int | None:
         return None
     from tokenizers import Tokenizer
 
-    encodings = Tokenizer.from_file(str(file)).encode_batch([_text_of(row, layout) for row in rows.rows])
+    texts = [_text_of(row, layout) for row in rows.rows]
+    encodings = Tokenizer.from_file(str(file)).encode_batch(texts)
     return max(len(e.ids) for e in encodings)
 
 
@@ -205,7 +208,7 @@ _NUMBER = r"[-+]?[$€£]?\d[\d,]*(\.\d+)?%?"
 def _verifier(rows: Rows, layout: Layout, task: str) -> str | None:
     """How answers can be judged, from what they look like."""
     column = layout.fields.get("completion")
-    if task != "causal-lm" or column is None:
+    if task != "causal-lm" or column is None or "verifier" in rows.columns:  # such rows name their own
         return None
     answers = [str(row[column]).strip() for row in islice(rows.rows, SAMPLE) if row.get(column)]
 

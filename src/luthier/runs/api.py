@@ -10,7 +10,7 @@ from typing import Any
 from luthier.core.errors import UserError
 from luthier.runs.run import Run, Workshop, execute, open_model
 
-__all__ = ["Run", "check", "evaluate", "generate", "plan_of", "prepare_data", "quickstart", "train", "tune"]
+__all__ = ["Run", "check", "evaluate", "generate", "merge", "plan_of", "prepare_data", "quickstart", "train", "tune"]
 
 
 def plan_of(recipe: Any = None, /, *, overrides: Sequence[str] = (), **sections: Any) -> Any:
@@ -80,17 +80,45 @@ def prepare_data(plan: Any) -> tuple[Any, Any, Any]:
     return data.train.rows, data.renderer, data.train.prepared
 
 
-def check(plan: Any) -> dict[str, Any]:
-    """Everything that can fail, checked without training.
+def _planned(recipe: Any, overrides: Sequence[str] = ()) -> Any:
+    """A plan as it is; anything else that names a recipe, or the folder of a run, planned."""
+    from luthier.recipe.plan import Plan
+
+    if isinstance(recipe, Plan):
+        return recipe
+    if isinstance(recipe, str | Path) and (Path(recipe) / "recipe.yaml").is_file():
+        recipe = Path(recipe) / "recipe.yaml"
+    return plan_of(recipe, overrides=overrides)
+
+
+def check(recipe: Any, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything that can fail, checked without training: the Python form of ``luthier check``.
+
+    Args:
+        recipe: a recipe file, a mapping, the folder of a run, or a plan.
+        overrides: ``key.path=value`` as on the command line.
 
     Returns:
-        ``{"task", "model", "data", "steps", "estimate", "methods"}``, JSON values.
+        ``{"task", "model", "data", "steps", "estimate", "methods", "notes"}``, JSON values.
+
+    Raises:
+        UserError: something would stop training.
     """
     from luthier.engine.order import DataOrder
     from luthier.models.estimate import estimate
-    from luthier.runs import setup
+    from luthier.runs import disk, setup
+    from luthier.runs.run import check_folder
 
+    plan = _planned(recipe, overrides)
+    folder = Path(plan.recipe.output)
+    notes = []
+    if (folder / "recipe.yaml").exists():
+        notes.append(f"{folder} already holds a run: train goes on with it (--resume), or takes another output=...")
+    else:
+        check_folder(plan, folder, resume=False)
+    setup.require_tools(plan)
     data, info, task = _opened(plan)
+    notes += [text for text in [setup.check_length(plan)] if text]
     stack = setup.build_stack(plan)
     training = plan.recipe.training
     order = DataOrder(
@@ -102,6 +130,7 @@ def check(plan: Any) -> dict[str, Any]:
         oversample=stack.oversample,
     )
     steps = order.steps(training.epochs, training.max_steps)
+    disk.check(plan, info)
     return {
         "task": task,
         "model": {"id": plan.recipe.model.id, "parameters": info.parameters, "max_length": info.max_length},
@@ -109,20 +138,32 @@ def check(plan: Any) -> dict[str, Any]:
         "steps": steps,
         "estimate": estimate(info, plan, data.train.prepared, steps).to_dict(),
         "methods": plan.to_dict(),
+        "notes": notes,
     }
 
 
-def evaluate(plan: Any, model_folder: str | Path | None = None, harness: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure a model on the recipe's test and keep data.
+def evaluate(
+    recipe: Any,
+    model_folder: str | Path | None = None,
+    harness: Sequence[str] | None = None,
+    *,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Measure a model on a recipe's test and keep data: the Python form of ``luthier evaluate``.
 
     Args:
-        plan: a plan.
+        recipe: a recipe file, a mapping, the folder of a run, or a plan.
         model_folder: the model to measure; by default the run's ``model`` folder if there is one, else the base.
         harness: tasks of lm-evaluation-harness to run as well.
+        overrides: ``key.path=value`` as on the command line.
+
+    Returns:
+        ``{"model", "target", "keep", "calibration", "items"}`` and, with ``harness``, its results.
     """
     from luthier.models.load import load
     from luthier.runs import setup
 
+    plan = _planned(recipe, overrides)
     setup.settings(plan)
     setup.require_tools(plan)
     if harness:
@@ -149,27 +190,81 @@ def generate(
     decoding: str = "greedy",
     options: dict[str, Any] | None = None,
     max_new_tokens: int = 256,
+    seed: int = 0,
 ) -> list[str]:
-    """Completions of a model folder, one per prompt (text, or a list of messages)."""
+    """Completions of a model, one per prompt: the Python form of ``luthier generate``.
+
+    Prompts are written as in training: a model that Luthier trained on question and answer puts the same line break
+    between the two, and the same system message before them.
+
+    Args:
+        model: the folder of a run or of a model, a hub id, or ``lab:nano``.
+        prompts: each a text, or a list of messages ``{"role", "content"}``.
+        decoding: a decoding method.
+        options: its options.
+        max_new_tokens: the longest answer, in tokens.
+        seed: seed of what a sampling method draws.
+
+    Raises:
+        UserError: no such model, or one that does not write text.
+    """
     from luthier.core import registry
     from luthier.data.render import Renderer
     from luthier.engine.stack import Setup
-    from luthier.models.load import load
+    from luthier.models.load import inspect, load
+    from luthier.models.save import prompts_of
+    from luthier.runs import setup
 
+    setup.quieten()
+    model = _model_of(model)
+    task = inspect(model).task
+    if task not in (None, "causal-lm"):
+        raise UserError(f"is a model for {task}, which does not write text.", where=str(model))
     loaded = load(model, task="causal-lm")
-    renderer = Renderer(loaded.processor, task="causal-lm")
+    written = prompts_of(loaded.folder)
+    separator = written.pop("separator", None)
+    renderer = Renderer(loaded.processor, task="causal-lm", **written)
     decoder = registry.get("decoding", decoding).build({"max_new_tokens": max_new_tokens, **(options or {})})
-    ids = [renderer.prompt_ids(prompt_row(p)) for p in prompts]
-    context = Setup(seed=0, task="causal-lm", processor=loaded.processor, device=loaded.model.device)
+    ids = [renderer.prompt_ids(prompt_row(p, separator)) for p in prompts]
+    context = Setup(seed=seed, task="causal-lm", processor=loaded.processor, device=loaded.model.device)
     return [c.text for c in decoder.generate(loaded.model, ids, context)]
 
 
-def prompt_row(prompt: str | list[dict[str, Any]]) -> dict[str, Any]:
+def merge(adapter: str | Path, folder: str | Path, *, dtype: str = "float32") -> Any:
+    """Merge an adapter into its base and save a plain model: the Python form of ``luthier merge``.
+
+    Args:
+        adapter: the folder of a run that left an adapter, or of the adapter.
+        folder: where the merged model goes.
+        dtype: type of the merged weights.
+
+    Returns:
+        :class:`luthier.models.merge.MergeReport`: how far the merged model's logits are from the adapter's.
+
+    Raises:
+        UserError: there is no adapter in the folder.
+        LuthierError: the merged model answers differently; nothing is written.
+    """
+    from luthier.models.merge import merge as run
+    from luthier.runs import setup
+
+    setup.quieten()
+    return run(_model_of(adapter), folder, dtype=dtype)
+
+
+def _model_of(folder: str | Path) -> str | Path:
+    """The model inside the folder of a run; anything else as it is."""
+    inside = Path(folder).expanduser() / "model"
+    held = any((inside / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return str(inside) if held else folder
+
+
+def prompt_row(prompt: str | list[dict[str, Any]], separator: str | None = None) -> dict[str, Any]:
     """A canonical row with a prompt and nothing to learn."""
     import json
 
     if isinstance(prompt, str):
-        return {"kind": "pair", "prompt": prompt, "completion": ""}
+        return {"kind": "pair", "prompt": prompt, "completion": "", "separator": separator}
     return {"kind": "chat", "messages": json.dumps([*prompt, {"role": "assistant", "content": ""}])}
 
 

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from luthier import __version__
 from luthier.core.store import content_hash, write_json
 from luthier.models.info import read_json
 
@@ -20,7 +21,7 @@ FILE = "manifest.json"
 
 def versions() -> dict[str, str]:
     """Versions of Luthier, Python and the packages that decide numbers; absent packages are left out."""
-    found = {"luthier": _version("luthier") or "unknown", "python": platform.python_version()}
+    found = {"luthier": __version__, "python": platform.python_version()}
     return found | {name: known for name in _PACKAGES if (known := _version(name))}
 
 

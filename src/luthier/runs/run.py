@@ -7,6 +7,7 @@ What it leaves: ``recipe.yaml`` (resolved), ``manifest.json``, ``data.json``, ``
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,11 +17,12 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from luthier.core import registry
 from luthier.core.errors import UserError
 from luthier.core.protocols import Artefact, Completion
 from luthier.core.store import write_atomic, write_json
 from luthier.engine.distributed import Processes
-from luthier.runs import setup
+from luthier.runs import disk, setup
 from luthier.runs.analyses import AnalysisContext
 from luthier.runs.measure import Measure, quick_loss
 from luthier.runs.progress import TrainProgress
@@ -40,10 +42,10 @@ class Run:
     """
 
     folder: Path
-    model: Any
-    processor: Any
-    metrics: dict[str, Any]
-    tables: list[Any] = field(default_factory=list)
+    model: Any = field(repr=False)
+    processor: Any = field(repr=False)
+    metrics: dict[str, Any] = field(repr=False)
+    tables: list[Any] = field(default_factory=list, repr=False)
 
     def report(self) -> Path:
         """Write ``report.html`` anew from what the folder holds, and give its path."""
@@ -92,11 +94,15 @@ class Workshop:
 
     # -- sessions
 
-    def _decode(self, session: Any, prompts: Any, *, samples: int = 1, **options: Any) -> list[list[Completion]]:
+    def _decode(
+        self, session: Any, prompts: Any, *, samples: int = 1, decoding: str | None = None, **options: Any
+    ) -> list[list[Completion]]:
         ids = [self.data.renderer.prompt_ids(p) if isinstance(p, dict) else list(p) for p in prompts]
-        decoder = (
-            self.plan.decoding.method.build({**self.plan.decoding.options, **options}) if options else self.decoder
-        )
+        decoder = self.decoder
+        if decoding is not None:
+            decoder = registry.get("decoding", decoding).build(options)
+        elif options:
+            decoder = self.plan.decoding.method.build({**self.plan.decoding.options, **options})
         found = decoder.generate(session.model, [p for p in ids for _ in range(samples)], session)
         return [found[i : i + samples] for i in range(0, len(found), samples)]
 
@@ -241,17 +247,23 @@ def open_model(plan: Any, labels: tuple[str, ...] = ()) -> Any:
     )
 
 
-def _claim_folder(plan: Any, folder: Path, *, resume: bool) -> None:
-    """Take the run's folder: new or, with ``resume``, the one of the same recipe.
+def check_folder(plan: Any, folder: Path, *, resume: bool) -> None:
+    """Whether the run's folder can be had: new or, with ``resume``, the one of the same recipe.
 
     Raises:
-        UserError: it already holds a run, or the run in it has another recipe.
+        UserError: it cannot be written, it already holds a run, or the run in it has another recipe.
     """
     from luthier.recipe.load import dump
 
-    text = dump(plan.recipe)
+    place = plan.recipe.where(("output",))
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UserError(f"output: '{there}' is a file, not a folder. Choose another place with output=...", where=place)
+    if not os.access(there, os.W_OK):
+        raise UserError(f"output: '{there}' cannot be written. Choose another place with output=...", where=place)
     held = folder / "recipe.yaml"
     if held.exists():
+        text = dump(plan.recipe)
         if not resume:
             raise UserError(
                 f"{folder} already holds a run. Continue it with --resume, choose another place with "
@@ -262,8 +274,6 @@ def _claim_folder(plan: Any, folder: Path, *, resume: bool) -> None:
                 f"the run in {folder} was made by another recipe, so it cannot be continued with this one. Resume "
                 f"with {held}, or choose another place with output=..."
             )
-    else:
-        write_atomic(held, text)
 
 
 def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
@@ -273,9 +283,10 @@ def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
         UserError: something in the recipe or the data; raised before weights are loaded wherever that is possible.
         LuthierError: training failed.
     """
-    from luthier.runs.card import write_card
     from luthier.models.load import inspect, load_processor
     from luthier.models.save import save
+    from luthier.recipe.load import dump
+    from luthier.runs.card import write_card
     from luthier.runs.manifest import finish_manifest, write_manifest
 
     started = time.perf_counter()
@@ -291,7 +302,9 @@ def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
     processes = Processes(training.sharding, trackers=training.trackers, folder=str(folder))
     say = Console(stderr=True, quiet=quiet or not processes.main).print
     if processes.main:
-        _claim_folder(plan, folder, resume=resume)
+        check_folder(plan, folder, resume=resume)
+        if not resume:
+            disk.check(plan, info)
     processor = load_processor(info.folder, task, recipe.model.trust_remote_code)
     with processes.accelerator.main_process_first():  # the others find the prepared files
         data = setup.load_data(plan, processor, task, folder=folder)
@@ -301,6 +314,8 @@ def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
     shop = Workshop(plan, data, loaded, folder, processes=processes, resume=resume, quiet=quiet)
     say(f"{len(data.train.prepared):,} rows, {int(data.train.prepared.lengths.sum()):,} tokens, {shop.precision}")
     if processes.main:
+        # Written only now: a run that its data stops leaves nothing that a second try would have to delete.
+        write_atomic(folder / "recipe.yaml", dump(recipe))
         write_json(folder / "data.json", data.report())
         write_manifest(folder, plan, loaded, data)
     evaluation_file = folder / "evaluation.json"
@@ -313,6 +328,9 @@ def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
             write_json(evaluation_file, {"before": before})
     artefact = plan.procedure.build()(shop)
     model = artefact.model
+    prompts = data.renderer.prompts(data.train.rows.dataset[0])
+    if data.renderer.template and recipe.data.template:
+        loaded.processor.chat_template = data.renderer.template  # so that whoever opens the model writes prompts alike
     if shop.processes.main:
         save(
             model,
@@ -321,6 +339,7 @@ def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
             task=task,
             labels=data.labels,
             base_fingerprint=loaded.fingerprint,
+            prompts=prompts,
         )
     if plan.weights:
         from luthier.runs.weights import apply_weights

@@ -111,6 +111,7 @@ def load_data(plan: Any, processor: Any, task: str, *, folder: Path | None = Non
     data = recipe.data
     train = read_rows(plan, data.train, split="train", limit=data.limit, task=task, folder=folder)
     longest = data.max_length or inspect(recipe.model.id, revision=recipe.model.revision).max_length
+    check_length(plan)
     options = {"template": data.template, "system": data.system, "thinking": data.thinking}
     renderer = Renderer(processor, task=task, max_length=longest, truncation=data.truncation, **options)
     for stage in plan.stages:
@@ -140,6 +141,27 @@ def load_data(plan: Any, processor: Any, task: str, *, folder: Path | None = Non
     return made
 
 
+def check_length(plan: Any) -> str:
+    """A remark where rows may be longer than what the model was made for; empty where they may not.
+
+    Raises:
+        UserError: the model has no positions for so many tokens.
+    """
+    from luthier.models.load import inspect
+
+    model, wanted = plan.recipe.model, plan.recipe.data.max_length
+    info = inspect(model.id, revision=model.revision)
+    if not wanted or not info.max_length or wanted <= info.max_length:
+        return ""
+    if not info.rotary:
+        raise UserError(
+            f"data.max_length: the model has positions for {info.max_length:,} tokens, not for {wanted:,}. Set it to "
+            f"{info.max_length} or less, with `data.truncation` for rows that are longer.",
+            where=plan.recipe.where(("data", "max_length")),
+        )
+    return f"data.max_length is {wanted:,}, but the model was made for {info.max_length:,} tokens"
+
+
 def source_name(spec: Any) -> str:
     """A short name for reports: the lab task, or the file's name (its folder's where the file's tells nothing)."""
     if not isinstance(spec, str | Path):
@@ -150,15 +172,25 @@ def source_name(spec: Any) -> str:
     return path.parent.name if path.stem in TELLS_NOTHING and path.parent.name else path.stem
 
 
-def settings(plan: Any) -> None:
-    """Threads, and an allocator that keeps its pages."""
-    import torch
-    from transformers.utils import logging
+def quieten() -> None:
+    """No progress bars and announcements of other libraries."""
+    import warnings
 
-    from luthier.engine.memory import keep_pages
+    from transformers.utils import logging
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.disable_progress_bar()
+    # What transformers announces to its callers, peft among them; the user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def settings(plan: Any) -> None:
+    """Threads, and an allocator that keeps its pages."""
+    import torch
+
+    from luthier.engine.memory import keep_pages
+
+    quieten()
     keep_pages()
     if plan.recipe.training.threads:
         torch.set_num_threads(plan.recipe.training.threads)

@@ -46,10 +46,15 @@ class StageContext:
         return Workshop(self.plan, data, loaded, Path(self.plan.recipe.output))
 
     def generate(
-        self, prompts: Sequence[Mapping[str, Any] | Sequence[int]], *, samples: int = 1, **options: Any
+        self,
+        prompts: Sequence[Mapping[str, Any] | Sequence[int]],
+        *,
+        samples: int = 1,
+        decoding: str | None = None,
+        **options: Any,
     ) -> list[list[Completion]]:
-        """Completions of the base for canonical rows or token ids; options are the decoder's."""
-        return self.shop.generate(prompts, samples=samples, **options)
+        """Completions of the base for canonical rows or token ids, by the recipe's decoder or the one named."""
+        return self.shop.generate(prompts, samples=samples, decoding=decoding, **options)
 
     def score(self, prepared: Any) -> list[torch.Tensor]:
         """Target log-probabilities of prepared rows under the base, one tensor per row."""

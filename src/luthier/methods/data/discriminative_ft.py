@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from luthier.core import registry
 from luthier.core.errors import UserError
 from luthier.core.registry import data_stage
 from luthier.functional.discriminative import as_answer, given_answer, place, with_answer
@@ -97,13 +96,14 @@ class SampleNegatives:
                 )
             prompts.append(ctx.renderer.prompt_ids(self.asked(row, ctx.renderer)))
         logger.info("discriminative-ft: sampling %d answers to each of %d prompts", self.samples, len(prompts))
-        answers = iter(self._sample(prompts, ctx))
+        # Whatever decoder the recipe evaluates with: negatives are samples.
+        sampled = ctx.generate(prompts, samples=self.samples, decoding="sample", **self.sampling)
 
         kept: list[int] = []
         extra: list[str] = []
         equal = short = 0
         for index, row in enumerate(_rows(dataset)):
-            found = [as_answer(next(answers), given[index]) for _ in range(self.samples)]
+            found = [as_answer(c.text, given[index]) for c in sampled[index]]
             if self.drop_equal:
                 other = [text for text in found if text.strip() != given[index].strip()]
                 equal += len(found) - len(other)
@@ -139,13 +139,6 @@ class SampleNegatives:
             rest = messages[1:] if messages[0]["role"] == "system" else messages
             row = {**row, "messages": json.dumps([{"role": "system", "content": self.system}, *rest])}
         return {**row, "system": self.system}
-
-    def _sample(self, prompts: Sequence[Sequence[int]], ctx: Any) -> list[str]:
-        """``samples`` texts for each prompt, one after the other, whatever decoder the recipe evaluates with."""
-        base = ctx.shop.loaded.model
-        decoder = registry.get("decoding", "sample").build(self.sampling)
-        every = [prompt for prompt in prompts for _ in range(self.samples)]
-        return [c.text for c in decoder.generate(base, every, ctx.shop.session(base))]
 
 
 def _rows(dataset: Dataset) -> Iterator[dict[str, Any]]:

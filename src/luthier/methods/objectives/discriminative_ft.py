@@ -153,7 +153,7 @@ class DiscriminativeFineTuning:
             if any(hasattr(p, "full_tensor") for p in ctx.model.parameters()):
                 raise UserError("discriminative-ft: sharded weights cannot write negatives; use negatives: offline.")
             return
-        epochs = getattr(ctx, "total_epochs", None) or 1
+        epochs = ctx.total_epochs
         needed = self.samples_per_prompt * (epochs if self.resample_per_epoch else 1)
         for start in range(0, len(dataset), SCANNED_ROWS):
             rows = dataset.fetch(range(start, min(start + SCANNED_ROWS, len(dataset))))

@@ -226,7 +226,7 @@ class LearningFromUndesirable:
             raise UserError(
                 f"{SLUG}: layers: there is no block {wrong[0]}: the model has {len(found.blocks)}; name 1 to that."
             )
-        if getattr(model, "is_gradient_checkpointing", False):
+        if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
             raise UserError(f"{SLUG}: it cannot run with gradient checkpointing; switch that off.")
         self._watching.close()
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
