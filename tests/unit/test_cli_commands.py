@@ -189,13 +189,11 @@ def test_generate_from_arguments(api, capsys):
     ]
 
 
-def test_generate_takes_a_runs_model_and_prompts_from_files_and_pipes(api, capsys, monkeypatch):
-    Path("runs/x/model").mkdir(parents=True)
-    Path("runs/x/model/config.json").write_text("{}")
+def test_generate_takes_prompts_from_files_and_pipes(api, capsys, monkeypatch):
     chat = [{"role": "user", "content": "hi"}]
     Path("p.jsonl").write_text(json.dumps({"messages": chat}) + "\n\n" + json.dumps({"prompt": "a\nb", "x": 1}) + "\n")
     assert cli.run(["generate", "runs/x", "--file", "p.jsonl"]) == 0
-    assert api.calls["generate"][:2] == ("runs/x/model", [chat, "a\nb"])
+    assert api.calls["generate"][:2] == ("runs/x", [chat, "a\nb"])
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"one\n\ntwo\n"), isatty=lambda: False))
     assert cli.run(["generate", "lab:nano"]) == 0
     assert api.calls["generate"][1] == ["one", "two"]
@@ -280,7 +278,7 @@ def test_show_data(api, capsys, monkeypatch):
     assert "row 4" not in out
     assert "note: train: 3 rows left out: empty; listed in rejects.jsonl\n" in out
     assert "note: train: 2 rows (25.0%) cut at the maximal length, which loses 30 supervised tokens: f:1\n" in out
-    assert "note: train: 1 rows said before\n" in out
+    assert "note: train: 1 row repeats an earlier one\n" in out
     assert cli.run(["show-data", "r.yaml", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["row"] for row in found["rows"]] == [1, 2, 3]

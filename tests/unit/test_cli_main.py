@@ -99,7 +99,7 @@ def test_a_wrong_recipe_fails_before_torch(tmp_path):
     [
         (LuthierError("the disk is full"), 1, "error: the disk is full"),
         (ValueError("two\nlines"), 1, "error: ValueError: two lines (add --debug for the traceback)"),
-        (KeyboardInterrupt(), 130, "--resume"),
+        (KeyboardInterrupt(), 130, "interrupted: stopped"),
     ],
 )
 def test_failures(monkeypatch, capsys, error, status, words):

@@ -111,8 +111,9 @@ def test_long_rows_are_refused_cut_or_dropped(tmp_path):
     rows = [*ROWS[:30], {"prompt": "q", "completion": "7 " * 100}]
     with pytest.raises(UserError) as caught:
         ready(tmp_path, rows, max_length=40)
-    assert "1 of 31 rows are longer than max_length 40; the longest, rows:31, has" in str(caught.value)
-    assert "keep_start or drop" in str(caught.value)
+    assert "1 of 31 rows are longer than the 40 tokens that" in str(caught.value)
+    assert "the longest, rows:31, has" in str(caught.value)
+    assert "drop (leave them out) or keep_start (cut them)" in str(caught.value)
     whole = ready(tmp_path, rows)[0]
     cut = ready(tmp_path, rows, max_length=40, truncation="keep_start")[0]
     assert cut.report.truncated == 1

@@ -13,8 +13,8 @@ from luthier.core.store import Store
 from luthier.engine.loop import Trainer
 from luthier.engine.reference import ReferenceOutputs, ReferenceScores
 from luthier.engine.stack import FunctionObjective, WeightedSum
-from luthier.engine.verify import verify_head
 from luthier.methods.objectives.sft import SupervisedFineTuning
+from luthier.runs.verify import verify_head
 
 
 class AgainstReference:
@@ -265,3 +265,30 @@ def test_the_output_layer_makes_the_logits():
     assert weight_VH is session.model.lm_head.weight
     assert bias_V is None
     assert scale == 1.0
+
+
+class GapByPosition(AgainstReference):
+    """The same loss, called chunk by chunk."""
+
+    needs = Needs(models=("reference",), positionwise=True)
+
+
+def test_chunks_share_one_reference_pass_and_cache_whole_rows(tmp_path):
+    rows, found = random_rows(6), []
+    for objective, chunk in ((AgainstReference(), None), (GapByPosition(), 3)):
+        session = make_session(objective=objective)
+        session.head_chunk = chunk
+        session._scores = scores = ReferenceScores("model", store=Store(tmp_path / str(chunk)))
+        with torch.no_grad():
+            session.model.lm_head.weight.mul_(1.5)  # away from the reference
+        passes = []
+        session._models["reference"].register_forward_pre_hook(lambda *_, seen=passes: seen.append(1))
+        session._models["reference"].model.register_forward_pre_hook(lambda *_, seen=passes: seen.append(1))
+        for _ in range(2):
+            batch = session.task.collate(rows.fetch(range(6)), range(6))
+            loss = session.loss(batch)
+            loss.sum.backward()
+        assert len(passes) == 1
+        found.append((loss.sum.detach(), session.model.lm_head.weight.grad, scores.get(batch.keys_B)))
+    for value, other in zip(*found, strict=True):
+        torch.testing.assert_close(value, other, atol=2e-5, rtol=1e-4)

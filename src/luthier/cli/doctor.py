@@ -189,8 +189,11 @@ def _cache() -> dict[str, Any]:
 
 
 def _human(out: Any, facts: dict[str, Any]) -> None:
-    shown = {k: v for k, v in facts.items() if k not in {"optional", "problems"}}
+    shown = {k: v for k, v in facts.items() if k not in {"environment", "optional", "problems"}}
     common.show_tree(out, shown)
+    out.print("[bold]environment[/bold]")
+    for name, value in facts["environment"].items():
+        out.print(f"  {name}={value}", markup=False, soft_wrap=True)
     out.print("[bold]optional packages[/bold]")
     for module, about in facts["optional"].items():
         state = "installed" if about["installed"] else f"not installed: pip install '{about['install']}'"

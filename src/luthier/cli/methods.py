@@ -9,6 +9,7 @@ import typer
 
 from luthier.cli import common
 from luthier.core.errors import UserError, did_you_mean
+from luthier.recipe.describe import accepted, literal, type_of
 
 if TYPE_CHECKING:
     from luthier.core.registry import Method
@@ -60,52 +61,15 @@ def _free(method: Method) -> bool:
     return not any(field.is_required() for field in method.options.model_fields.values())
 
 
-_BOUNDS = {
-    "minimum": "at least",
-    "exclusiveMinimum": "above",
-    "maximum": "at most",
-    "exclusiveMaximum": "below",
-    "minLength": "length from",
-    "maxLength": "length to",
-    "minItems": "items from",
-    "maxItems": "items to",
-    "multipleOf": "multiple of",
-    "pattern": "pattern",
-}
-
-
 def _options(method: Method) -> list[dict[str, Any]]:
     """One entry per option, from the schema that the signature makes."""
     schema = method.options.model_json_schema()
     required = schema.get("required", [])
     entries = []
     for name, about in schema.get("properties", {}).items():
-        entry = {"name": name, "type": _type(about), "accepted": _accepted(about), "required": name in required}
+        entry = {"name": name, "type": type_of(about), "accepted": accepted(about), "required": name in required}
         entries.append({**entry, "default": about.get("default"), "description": about.get("description", "")})
     return entries
-
-
-def _type(about: dict[str, Any]) -> str:
-    if "anyOf" in about:
-        return " | ".join(_type(part) for part in about["anyOf"])
-    if "enum" in about or "const" in about:
-        return "choice"
-    if "$ref" in about:
-        return str(about["$ref"]).rpartition("/")[2]
-    kind = {"integer": "int", "number": "float", "string": "text", "boolean": "bool", "array": "list"}
-    text = kind.get(about.get("type", ""), about.get("type", "any"))
-    inner = about.get("items")
-    return f"{text} of {_type(inner)}" if text == "list" and isinstance(inner, dict) and inner else text
-
-
-def _accepted(about: dict[str, Any]) -> str:
-    if "enum" in about:
-        return ", ".join(map(str, about["enum"]))
-    if "const" in about:
-        return str(about["const"])
-    if "anyOf" in about:
-        return "; ".join(text for part in about["anyOf"] if (text := _accepted(part)))
-    return ", ".join(f"{words} {about[key]}" for key, words in _BOUNDS.items() if key in about)
 
 
 def _list(out: Any, found: list[Method]) -> None:
@@ -135,7 +99,7 @@ def _show(out: Any, chosen: list[Method], details: list[dict[str, Any]]) -> None
             for column in ("option", "type", "default", "accepted", "meaning"):
                 table.add_column(column, no_wrap=column in {"option", "default"})
             for option in about["options"]:
-                default = "(required)" if option["required"] else _default(option["default"])
+                default = "(required)" if option["required"] else literal(option["default"])
                 cells = (option["name"], option["type"], default, option["accepted"], option["description"])
                 table.add_row(*map(escape, cells))
             out.print()
@@ -147,13 +111,7 @@ def _show(out: Any, chosen: list[Method], details: list[dict[str, Any]]) -> None
         for fact, reason in about["conflicts"].items():
             out.print(f"\n[bold]not with[/bold] {escape(fact)}: {escape(reason)}", soft_wrap=True)
         if about["identity"] is not None and about["options"]:
-            text = ", ".join(f"{k}: {_default(v)}" for k, v in about["identity"].items()) or "its defaults"
+            text = ", ".join(f"{k}: {literal(v)}" for k, v in about["identity"].items()) or "its defaults"
             out.print(f"\n[bold]equals plain sft[/bold] at {{{escape(text)}}}", soft_wrap=True)
         if about["paper"]:
             out.print(f"\n[bold]paper[/bold]  {escape(about['paper'])}", soft_wrap=True)
-
-
-def _default(value: Any) -> str:
-    return (
-        {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
-    )

@@ -66,6 +66,7 @@ class Batch:
         adjustable_BT: bool [B, T], token positions a transform may corrupt (no padding, no special tokens but the
             end token); None where the task has no tokens.
         supervised_BT: bool [B, T], token positions that are targets; None where the task has none.
+        part_of: for a batch cut by :meth:`positions`, the batch it was cut from and where its positions stand there.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -78,6 +79,7 @@ class Batch:
     keys_B: list[str] | None = None
     adjustable_BT: torch.Tensor | None = None
     supervised_BT: torch.Tensor | None = None
+    part_of: tuple[Batch, torch.Tensor] | None = None
 
     @property
     def examples(self) -> int:
@@ -86,7 +88,7 @@ class Batch:
 
     def with_inputs(self, **inputs: torch.Tensor) -> Batch:
         """A copy with some model inputs replaced; cached scores no longer apply to it."""
-        return replace(self, inputs={**self.inputs, **inputs}, keys_B=None)
+        return replace(self, inputs={**self.inputs, **inputs}, keys_B=None, part_of=None)
 
     def with_weights(self, weight_N: torch.Tensor) -> Batch:
         """A copy with other position weights."""
@@ -102,6 +104,7 @@ class Batch:
             weight_N=self.weight_N[index_C],
             sequence_N=self.sequence_N[index_C],
             columns=columns,
+            part_of=(self, index_C) if self.part_of is None else (self.part_of[0], self.part_of[1][index_C]),
         )
 
     def every_token(self) -> Batch:
@@ -122,6 +125,7 @@ class Batch:
             sequence_N=example_N,
             columns={k: v for k, v in self.columns.items() if not k.endswith("_N")},
             keys_B=None,
+            part_of=None,
         )
 
     def take(self, index_b: torch.Tensor, weight_b: torch.Tensor | None = None) -> Batch:
@@ -150,6 +154,7 @@ class Batch:
         order = index_b.tolist()
         return replace(
             part,
+            part_of=None,
             inputs={k: v[index_b] for k, v in self.inputs.items()},
             row_B=self.row_B[index_b],
             columns={

@@ -338,8 +338,8 @@ class _Maker:
             over, place = self.over[0]
             raise UserError(
                 f"{self.overs} of {report.rows} rows are longer than the {limit} tokens that data.max_length or the "
-                f"model takes; the longest, {place}, has {over + (limit or 0)}. Set `data.truncation` to drop (leave them "
-                "out) or keep_start (cut them), or raise `data.max_length` where it is below the model's limit.",
+                f"model takes; the longest, {place}, has {over + (limit or 0)}. Set `data.truncation` to drop (leave "
+                "them out) or keep_start (cut them), or raise `data.max_length` where it is below the model's limit.",
                 where="data.truncation",
             )
         nothing = report.nothing_to_learn

@@ -119,18 +119,20 @@ class Renderer:
             found += [i for i in ids if i in self.encoder.special and i not in found]
         return found
 
-    def prompts(self, row: Row) -> dict[str, Any]:
+    def prompts(self, rows: Sequence[Row]) -> dict[str, Any]:
         """What generation must know to write prompts as in training, where the saved tokenizer does not tell.
 
         Args:
-            row: a training row.
+            rows: some training rows.
         """
         if self.task != "causal-lm":
             return {}
         known: dict[str, Any] = {"system": self.system}
         if self.template is None:
             known["template"] = "none" if getattr(self.processor, "chat_template", None) else None
-            known["separator"] = row.get("separator")
+            # White space at the end of every prompt of a file is easily forgotten at a command line.
+            ends = {p[len(p.rstrip()) :] or r.get("separator") for r in rows if (p := r.get("prompt"))}
+            known["separator"] = ends.pop() if len(ends) == 1 else None
         return {key: value for key, value in known.items() if value}
 
     def render(self, row: Row) -> Rendered:

@@ -177,7 +177,7 @@ class HeadOutputs(Statistics):
                     pieces.append(checkpoint(of_chunk, hidden_NH[part], index_C, use_reentrant=False))
                 else:
                     pieces.append(of_chunk(hidden_NH[part], index_C))
-        return torch.cat(pieces)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _added(total: Loss | None, loss: Loss) -> Loss:

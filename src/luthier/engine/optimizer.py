@@ -58,7 +58,7 @@ def open_parameters(model: torch.nn.Module, stack: Stack, ctx: Any) -> torch.nn.
             if parameter.requires_grad:
                 if id(parameter) in claimed:
                     raise UserError(
-                        f"{claimed[id(parameter)]} and {label} both claim the tensor '{name}'. Keep one of the two methods."
+                        f"{claimed[id(parameter)]} and {label} both claim the tensor '{name}'. Keep one of the two."
                     )
                 claimed[id(parameter)] = label
     for parameter in model.parameters():

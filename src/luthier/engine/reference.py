@@ -64,10 +64,25 @@ class ReferenceScores:
 
 
 class ReferenceOutputs:
-    """Outputs of the reference whose target log-probabilities come from the cache where the rows are unchanged."""
+    """Outputs of the reference whose target log-probabilities come from the cache where the rows are unchanged.
 
-    def __init__(self, batch: Batch, scores: ReferenceScores, compute: Callable[[], Outputs]) -> None:
-        self._batch, self._scores, self._compute = batch, scores, compute
+    Args:
+        batch: a whole micro-batch; what is cached is cached for all positions of its rows.
+        scores: the cache.
+        compute: the outputs of the whole batch.
+        part: where these outputs are a part of the batch: its positions, and the outputs there.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        scores: ReferenceScores,
+        compute: Callable[[], Outputs],
+        part: tuple[torch.Tensor, Callable[[], Outputs]] | None = None,
+    ) -> None:
+        self._batch, self._scores, self._whole = batch, scores, compute
+        self._index: torch.Tensor | None = part[0] if part else None
+        self._compute = part[1] if part else compute
         self._computed: Outputs | None = None
 
     @property
@@ -80,14 +95,14 @@ class ReferenceOutputs:
     def logp_N(self) -> torch.Tensor:
         """Log-probability of the target under the reference [N]."""
         keys = self._batch.keys_B
-        if keys is not None and self._computed is None:
-            found = self._scores.get(keys)
-            if found is not None and found.numel() == self._batch.target_N.numel():
-                return found.to(self._batch.weight_N.device)
-        logp_N = self._full.logp_N.detach()
-        if keys is not None:
-            self._scores.put(keys, logp_N, self._batch.sequence_N)
-        return logp_N
+        if keys is None:
+            return self._full.logp_N.detach()
+        found = self._scores.get(keys)
+        if found is None or found.numel() != self._batch.target_N.numel():
+            found = (self._full if self._index is None else self._whole()).logp_N.detach()
+            self._scores.put(keys, found, self._batch.sequence_N)
+        found = found.to(self._batch.weight_N.device)
+        return found if self._index is None else found[self._index]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._full, name)

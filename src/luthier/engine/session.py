@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,6 +86,8 @@ class Session:
         self.model: Any = model.to(self.device)
         self._models = {name: m.to(self.device).eval().requires_grad_(False) for name, m in (models or {}).items()}
         self._scores: ReferenceScores | None = None
+        self._encoded_of: Batch | None = None
+        self._encoded: dict[str, Encoded] = {}
         self._decode, self._render = decode, render
         needed = stack.needs
         for name in needed.models:
@@ -170,11 +173,33 @@ class Session:
         """A forward pass; see :meth:`luthier.core.protocols.Context.forward`."""
         needs = self.stack.needs
         with_grad = (model == "policy") if grad is None else grad
-        if model == "reference" and self._scores is not None and not with_grad and parameters is None:
-            return ReferenceOutputs(batch, self._scores, lambda: self._forward(batch, model, False, None))
         if parameters is not None and self.processes.sharded:
             raise UserError("perturbed weights are not available under training.sharding: fsdp2; use ddp.")
-        return self._forward(batch, model, with_grad, parameters, needs.statistics)
+        if model == "policy" or with_grad or parameters is not None:
+            return self._forward(batch, model, with_grad, parameters, needs.statistics)
+        # A positionwise objective asks chunk by chunk: a frozen model reads the inputs once for all of them.
+        whole, index_C = batch.part_of if batch.part_of is not None else (batch, None)
+        scores = self._scores if model == "reference" else None
+        if index_C is None:
+            compute = partial(self._forward, batch, model, False, None)
+            return compute() if scores is None else ReferenceOutputs(batch, scores, compute)
+
+        def of_whole() -> Outputs:
+            return self.outputs(self._frozen(whole, model), whole, ("logp",))
+
+        def of_part() -> Outputs:
+            return self.outputs(self._frozen(whole, model).at(index_C), batch, needs.statistics)
+
+        return of_part() if scores is None else ReferenceOutputs(whole, scores, of_whole, (index_C, of_part))
+
+    def _frozen(self, batch: Batch, model: str) -> Encoded:
+        """A frozen model's forward pass over a whole batch, kept while its parts are asked for."""
+        if self._encoded_of is not batch:
+            self._encoded_of, self._encoded = batch, {}
+        if model not in self._encoded:
+            with self._acting(model) as module, torch.no_grad(), self.autocast():
+                self._encoded[model] = module(batch, False, lambda encoded: encoded)
+        return self._encoded[model]
 
     def _forward(
         self,
@@ -224,7 +249,9 @@ class Session:
             )
 
         with self.autocast():
-            return self.module(batch, self.stack.needs.hidden, consume)
+            loss = self.module(batch, self.stack.needs.hidden, consume)
+        self._encoded_of, self._encoded = None, {}
+        return loss
 
     @torch.no_grad()
     def evaluate_batch(self, batch: Batch, statistics: tuple[str, ...]) -> Outputs:

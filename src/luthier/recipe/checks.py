@@ -96,10 +96,22 @@ def repeats(made: Plan) -> None:
             seen[choice.slug] = choice
 
 
+def adapters(made: Plan) -> None:
+    """Refuse weight operations, which read whole tensors, after a method that leaves an adapter."""
+    for choice in made.parameters if made.weights else ():
+        if choice.options.get("merge") is False:
+            op = made.weights[0]
+            raise UserError(
+                f"{op.key}: '{op.slug}' works on a whole model, but '{choice.slug}' ({choice.key}) leaves an adapter. "
+                f"Way out: parameters: [{{{choice.slug}: {{merge: true}}}}].",
+                where=op.place,
+            )
+
+
 def files(recipe: Recipe) -> None:
     """Refuse a path that leads nowhere; a name that may be one of the hub is left to whoever opens it."""
     sources: list[tuple[KeyPath, Any]] = []
-    for key in ("train", "test", "keep", "template"):
+    for key in ("train", "test", "select", "keep", "template"):
         value = getattr(recipe.data, key)
         sources += [(("data", key, i), v) for i, v in enumerate(value)] if _names(value) else [(("data", key), value)]
     sources.append((("model", "id"), recipe.model.id))

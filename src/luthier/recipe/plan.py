@@ -175,6 +175,7 @@ def plan(recipe: Recipe) -> Plan:
     checks.packages(recipe)
     checks.sum(made)
     checks.repeats(made)
+    checks.adapters(made)
     if made.task != "auto":
         checks.tasks(made)
     checks.conflicts(made)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,6 +35,11 @@ class Encoded:
     logits_NV: torch.Tensor | None = None
     layers: Callable[[int], torch.Tensor] | None = None
     exits: Callable[[int], torch.Tensor] | None = None
+
+    def at(self, index_C: torch.Tensor) -> Encoded:
+        """The same at some of the N positions (without other layers and exits)."""
+        cut = {k: v[index_C] for k in ("hidden_NH", "logits_NV") if (v := getattr(self, k)) is not None}
+        return replace(self, layers=None, exits=None, **cut)
 
 
 class Task(Protocol):
