@@ -292,3 +292,23 @@ def test_chunks_share_one_reference_pass_and_cache_whole_rows(tmp_path):
         found.append((loss.sum.detach(), session.model.lm_head.weight.grad, scores.get(batch.keys_B)))
     for value, other in zip(*found, strict=True):
         torch.testing.assert_close(value, other, atol=2e-5, rtol=1e-4)
+
+
+def test_under_adapters_the_reference_is_the_base_beneath_them():
+    from luthier.core import registry
+
+    lora = registry.get("parameters", "lora").build({"rank": 2})
+    session = make_session(objective=AgainstReference(), parameters=[lora])
+    assert "reference" not in session._models  # no second copy
+    gaps = []
+    Trainer(
+        session,
+        random_rows(),
+        settings(),
+        observe=lambda event, values: gaps.append(values["gap"]) if event == "step" else None,
+    ).run()
+    assert gaps[0] == pytest.approx(0.0, abs=1e-6)
+    assert gaps[-1] < 0
+    batch = session.task.collate(random_rows().fetch([0, 1]), [0, 1])
+    base = make_session(tiny_llama())
+    torch.testing.assert_close(session.forward(batch, "reference").logp_N, base.forward(batch, grad=False).logp_N)

@@ -11,6 +11,8 @@ from luthier.core.errors import UserError
 from luthier.engine.stack import Stack, WeightedSum, as_objective
 from luthier.runs.stages import run_stage
 
+# General text, and tasks that are judged: what most pretrained models can do a little of.
+KEEP = ("lab:text", "lab:arithmetic?difficulty=1&n=64")
 SANDBOXED = "python-tests"
 TELLS_NOTHING = ("data", "input", "test", "train", "valid", "validation")
 
@@ -76,7 +78,7 @@ def keep_sources(plan: Any, task: str) -> list[str]:
         return list(chosen)
     if task != "causal-lm":
         return []  # a classifier has no general material of its own task; name some under data.keep
-    return ["lab:mixture" if plan.recipe.model.id.startswith("lab:") else "lab:text"]
+    return ["lab:mixture"] if plan.recipe.model.id.startswith("lab:") else list(KEEP)
 
 
 def read_rows(plan: Any, spec: Any, *, split: str, limit: int | None, task: str, folder: Path | None = None) -> Any:
