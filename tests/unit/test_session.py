@@ -304,7 +304,7 @@ def test_under_adapters_the_reference_is_the_base_beneath_them():
     Trainer(
         session,
         random_rows(),
-        settings(),
+        settings(epochs=8),
         observe=lambda event, values: gaps.append(values["gap"]) if event == "step" else None,
     ).run()
     assert gaps[0] == pytest.approx(0.0, abs=1e-6)
