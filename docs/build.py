@@ -1,8 +1,8 @@
 """Write the pages that the code itself tells, so that they cannot go stale: ``make docs``.
 
 ``methods/README.md`` comes from the registry. ``recipe.md`` and ``lab.md`` are the files of the same name in
-``templates/``, where ``{{keys Section}}`` stands for the keys of a section of the recipe schema and ``{{options task}}``
-for the options of a lab task.
+``templates/``, where ``{{keys Section}}`` stands for the keys of a section of the recipe schema, and
+``{{options task}}`` for the options of a lab task.
 """
 
 from __future__ import annotations
