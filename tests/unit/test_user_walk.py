@@ -116,6 +116,34 @@ def test_a_chat_template_of_the_recipe_is_saved_with_the_model(llama):
     assert text == "<bos>User: 3 + 1 =\nAssistant:"
 
 
+def test_the_card_asks_the_model_as_training_did(llama):
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 8
+    tune(llama, "runs/a")
+    tune(llama, "runs/b", rows=rows, data={"template": "plain"})
+    assert 'inputs = processor("Your prompt\\n", return_tensors="pt")' in Path("runs/a/README.md").read_text()
+    assert "processor.apply_chat_template(" in Path("runs/b/README.md").read_text()
+
+
+def test_material_to_keep_is_judged_by_its_own_verifier(llama):
+    """The verifier of the recipe is for the target: it would find no tests in rows of another task."""
+    kept = [{"question": "2 + 2 =", "answer": "4", "verifier": "numeric"}] * 4
+    Path("a").mkdir()
+    Path("b").mkdir()
+    for folder in ("a", "b"):
+        Path(f"{folder}/kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    run = tune(
+        llama, "runs/a", data={"verifier": {"regex": {"pattern": "x"}}, "keep": ["a/kept.jsonl", "b/kept.jsonl"]}
+    )
+    found = run.metrics["after"]["keep"]
+    assert {"kept: score", "b/kept.jsonl: score"} <= set(found)  # two files of one name are told apart
+    from luthier.runs.measure import Measure
+
+    measure = Measure(api.plan_of(model=str(llama), data={"train": ROWS, "verifier": "python-tests"}), None, None)
+    assert measure.verifier.choice.slug == "python-tests"
+    row = {"completion": "4", "extra": json.dumps({"answer": "4", "verifier": "numeric"})}
+    assert measure.keep_verifier([row], ["it is 4.0"], None) == [1.0]
+
+
 def test_weights_can_be_read_by_others(llama):
     tune(llama, "runs/a", parameters=["lora"])
     tune(llama, "runs/b")
@@ -238,6 +266,8 @@ def test_small_words(capsys):
         read("l.csv", task="sequence-classification")
     with pytest.raises(UserError, match="is an object, not text"):
         read("n.jsonl")
+    with pytest.raises(UserError, match="there is no such file or folder"):
+        read("nothere/")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

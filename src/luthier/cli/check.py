@@ -13,9 +13,9 @@ FINDINGS = {
     "dropped": "longer than the model or data.max_length takes, dropped",
     "truncated": "cut at the maximal length",
     "nothing_to_learn": "without a supervised token, left out",
-    "unsupervised_stop": "that do not end with a stop token of the tokenizer, so stopping is not learnt "
-    "(data.template: plain ends answers with it)",
-    "doubled_bos": "that begin with two BOS tokens",
+    "unsupervised_stop": "ending without a stop token of the tokenizer, so stopping is not learnt "
+    "(data.template: plain ends answers with one)",
+    "doubled_bos": "beginning with two BOS tokens",
 }
 
 
@@ -45,7 +45,10 @@ def findings(source: dict[str, Any]) -> list[str]:
     """One sentence per thing in a source that a user should know before training."""
     read, prepared = source.get("read") or {}, source.get("prepared") or {}
     rows = prepared.get("rows") or 0
-    sentences = [f"{number(count)} rows left out: {reason}" for reason, count in (read.get("rejected") or {}).items()]
+    sentences = [
+        f"{number(count)} row{'s' if count > 1 else ''} left out: {reason}"
+        for reason, count in (read.get("rejected") or {}).items()
+    ]
     if read.get("reject_file"):
         sentences[-1:] = [f"{text}; listed in {read['reject_file']}" for text in sentences[-1:]]
     for key, words in FINDINGS.items():
@@ -54,7 +57,8 @@ def findings(source: dict[str, Any]) -> list[str]:
             share = f" ({count / rows:.1%})" if rows else ""
             lost = prepared.get("supervised_lost") if key == "truncated" else 0
             cost = f", which loses {number(lost)} supervised tokens" if lost else ""
-            sentences.append(f"{number(count)} rows{share} {words}{cost}{f': {examples}' if examples else ''}")
+            found = f"{number(count)} row{'s' if count > 1 else ''}{share} {words}"
+            sentences.append(f"{found}{cost}{f': {examples}' if examples else ''}")
     for key, (one, more) in REPEATED.items():
         if count := read.get(key):
             sentences.append(f"{number(count)} {more if count > 1 else one}")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import typer
 
 from luthier.cli import check, doctor, evaluate, generate, init, merge, methods, migrate, quickstart, show_data, train
-from luthier.cli.common import say
+from luthier.cli.common import first_process, say
 from luthier.core.errors import LuthierError
 
 # What shells report for a program ended by Ctrl-C; typer turns the interrupt into this status.
@@ -90,7 +90,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _interrupted(arguments: Sequence[str]) -> int:
     training = "train" in arguments[:1]
-    say("interrupted", "the same command with --resume goes on from the last checkpoint" if training else "stopped")
+    if first_process():
+        say("interrupted", "the same command with --resume goes on from the last checkpoint" if training else "stopped")
     return INTERRUPTED
 
 

@@ -119,7 +119,7 @@ def open_source(spec: Any, *, base: Path | None = None, split: str = "train", st
 def _looks_like_a_path(text: str) -> bool:
     suffix = Path(text).suffix.lower()
     known = suffix in READERS or suffix in COMPRESSIONS or suffix in IMAGES or suffix == ".zst"
-    return known or text.startswith((".", "/", "~")) or text.count("/") > 1
+    return known or text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1
 
 
 def _format(path: Path) -> str:

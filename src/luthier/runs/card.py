@@ -14,6 +14,7 @@ from typing import Any
 
 from luthier.core.store import write_atomic
 from luthier.models.info import read_json
+from luthier.models.save import prompts_of
 
 _PIPELINES = {
     "causal-lm": "text-generation",
@@ -67,7 +68,7 @@ def card(folder: Path) -> str:
         f"**{judged.headline}**",
         "\n".join(f"- {plain(c.sentence)}" for c in judged.cards),
         _results(evaluation),
-        f"## How to use\n\n{fenced(_usage(task, base, adapter=adapter), 'python')}",
+        f"## How to use\n\n{fenced(_usage(task, base, folder / 'model', adapter=adapter), 'python')}",
         f"## How it was made\n\n{_making(base, manifest, evaluation)}",
         f"The resolved recipe; `luthier train recipe.yaml` runs it again.\n\n{fenced(recipe, 'yaml')}"
         if recipe
@@ -135,7 +136,7 @@ def _with_interval(value: str, span: str) -> str:
     return f"{value} ({span})" if span else value
 
 
-def _usage(task: str, base: str, *, adapter: bool) -> str:
+def _usage(task: str, base: str, model: Path, *, adapter: bool) -> str:
     name = _CLASSES.get(task, "AutoModel")
     image = task == "image-classification"
     processor = "AutoImageProcessor" if image else "AutoTokenizer"
@@ -150,10 +151,17 @@ def _usage(task: str, base: str, *, adapter: bool) -> str:
         opening = f'from transformers import {name}, {processor}\n\nmodel = {name}.from_pretrained("model")\n'
     opening += f'processor = {processor}.from_pretrained("model"{options})\n'
     if task == "causal-lm":
-        return opening + (
-            'inputs = processor("Your prompt", return_tensors="pt")\n'
-            "print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0]))"
-        )
+        # As in training: with the chat template, or with what stands between prompt and answer.
+        if (model / "chat_template.jinja").is_file() and prompts_of(model).get("template") != "none":
+            inputs = (
+                'messages = [{"role": "user", "content": "Your prompt"}]\n'
+                "inputs = processor.apply_chat_template(\n"
+                '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)\n'
+            )
+        else:
+            prompt = json.dumps("Your prompt" + prompts_of(model).get("separator", ""))
+            inputs = f'inputs = processor({prompt}, return_tensors="pt")\n'
+        return opening + inputs + ("print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0]))")
     given = 'images=[image], return_tensors="pt"' if image else '"Your text", return_tensors="pt"'
     return opening + f"scores = model(**processor({given})).logits.softmax(-1)\nprint(model.config.id2label, scores)"
 

@@ -37,10 +37,10 @@ def quick_loss(session: Session, prepared: Any, rows: int) -> dict[str, float]:
 
 
 class Verifier:
-    """The verifier of a plan, or the one each row names (lab rows do)."""
+    """The chosen verifier, or the one that each row names (lab rows do), or ``exact``."""
 
-    def __init__(self, plan: Any) -> None:
-        self.choice = plan.verifier
+    def __init__(self, choice: Any = None) -> None:
+        self.choice = choice
         self._built: dict[str, Any] = {}
 
     def __call__(self, rows: Any, completions: Any, ctx: Any) -> list[float | None]:
@@ -66,14 +66,14 @@ def _extra(row: Any) -> dict[str, Any]:
     return json.loads(row.get("extra") or "{}")
 
 
-def wants_generation(plan: Any, source: Any) -> bool:
+def wants_generation(plan: Any, source: Any, verifier: Any = None) -> bool:
     """``auto``: where a verifier is named, by the recipe or the rows, or the answers are short."""
     if plan.recipe.evaluation.generate != "auto":
         return bool(plan.recipe.evaluation.generate)
     rows = source.rows.dataset
     if len(rows) == 0 or rows[0]["kind"] not in ("pair", "chat"):
         return False
-    if plan.verifier is not None or _extra(rows[0]).get("verifier"):
+    if verifier is not None or _extra(rows[0]).get("verifier"):
         return True
     spans = source.prepared.fetch(list(range(min(len(source.prepared), 64))))["spans"]
     return float(np.median([s[-1] - s[-2] for s in spans])) <= SHORT_ANSWER
@@ -90,7 +90,8 @@ class Measure:
 
     def __init__(self, plan: Any, data: Any, decoder: Any) -> None:
         self.plan, self.data, self.decoder = plan, data, decoder
-        self.verifier = Verifier(plan)
+        # The recipe's verifier is for its own task; material to keep is of others, and its rows name theirs.
+        self.verifier, self.keep_verifier = Verifier(plan.verifier), Verifier()
 
     def __call__(self, session: Session) -> dict[str, Any]:
         """``{"target", "keep", "calibration", "items"}``; metrics with n and a confidence interval."""
@@ -101,12 +102,13 @@ class Measure:
         try:
             found: dict[str, Any] = {"target": {}, "keep": {}, "calibration": {}, "items": {}}
             if target is not None:
-                metrics, items = self._source(session, target, calibration=self.plan.recipe.evaluation.calibration)
+                wanted = self.plan.recipe.evaluation.calibration
+                metrics, items = self._source(session, target, self.verifier, calibration=wanted)
                 found["items"]["target"] = items
                 for name, metric in metrics.items():
                     found["calibration" if name in suite.CALIBRATION else "target"][name] = metric
             for source in self.data.keep:
-                metrics, items = self._source(session, source, calibration=False)
+                metrics, items = self._source(session, source, self.keep_verifier, calibration=False)
                 prefix = "" if len(self.data.keep) == 1 else f"{source.name}: "
                 found["keep"] |= {f"{prefix}{name}": metric for name, metric in metrics.items()}
                 found["items"][source.name] = items
@@ -114,7 +116,9 @@ class Measure:
             model.train(was_training)
         return found
 
-    def _source(self, session: Session, source: Any, *, calibration: bool) -> tuple[dict[str, Any], list[Any]]:
+    def _source(
+        self, session: Session, source: Any, verifier: Verifier, *, calibration: bool
+    ) -> tuple[dict[str, Any], list[Any]]:
         options = self.plan.recipe.evaluation
         metrics = suite.likelihood(
             batches(session, source.prepared, options.batch_rows),
@@ -124,7 +128,7 @@ class Measure:
             confidence=options.confidence,
             calibration=calibration,
         )
-        if session.task.name != "causal-lm" or not wants_generation(self.plan, source):
+        if session.task.name != "causal-lm" or not wants_generation(self.plan, source, verifier.choice):
             return metrics, []
         judged = [i for i in range(len(source.prepared)) if source.prepared.canonical(i)["kind"] in ("pair", "chat")]
         if not judged:  # plain text has no prompt to answer
@@ -135,7 +139,7 @@ class Measure:
         def generate(prompt_ids: list[list[int]]) -> list[Completion]:
             return self.decoder.generate(session.model, prompt_ids, session)
 
-        found = suite.generation(rows, prompts, generate, self.verifier, confidence=options.confidence)
+        found = suite.generation(rows, prompts, generate, verifier, confidence=options.confidence)
         return {**metrics, **found["metrics"]}, found["items"]
 
     def samples(self, before: dict[str, Any] | None, after: dict[str, Any]) -> list[dict[str, Any]]:

@@ -139,7 +139,9 @@ def load_data(plan: Any, processor: Any, task: str, *, folder: Path | None = Non
         cutting = Renderer(processor, task=task, max_length=longest, truncation="keep_start", **options)
         for spec in keep_sources(plan, task):
             rows = read_rows(plan, spec, split="keep", limit=data.keep_limit or recipe.evaluation.limit, task=task)
-            made.keep.append(Source(source_name(spec), rows, prepare(rows, cutting, labels=labels)))
+            name = source_name(spec)
+            name = str(spec) if any(source.name == name for source in made.keep) else name
+            made.keep.append(Source(name, rows, prepare(rows, cutting, labels=labels)))
     return made
 
 
