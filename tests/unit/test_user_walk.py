@@ -105,6 +105,15 @@ def test_generation_writes_prompts_as_training_did(llama):
     assert asked == [[words.bos_token_id, *words("Add.\n\n3 + 1 =\n", add_special_tokens=False).input_ids]]
 
 
+def test_only_what_ends_all_prompts_is_put_behind_one(llama):
+    """The bases of the lab read questions that end with a line break, and openings of stories that do not."""
+    asked = [{"prompt": f"say {n}\n", "completion": "a"} for n in range(20)]
+    spaced = tune(llama, "runs/a", rows=asked).folder / "model" / "luthier.json"
+    assert json.loads(spaced.read_text())["prompts"] == {"separator": "\n"}
+    mixed = tune(llama, "runs/b", rows=[*asked, {"prompt": "once upon", "completion": " a time"}])
+    assert not (mixed.folder / "model" / "luthier.json").exists()
+
+
 def test_a_chat_template_of_the_recipe_is_saved_with_the_model(llama):
     rows = [
         {"messages": [{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}]}

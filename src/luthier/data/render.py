@@ -119,20 +119,18 @@ class Renderer:
             found += [i for i in ids if i in self.encoder.special and i not in found]
         return found
 
-    def prompts(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def prompts(self, rows: Any) -> dict[str, Any]:
         """What generation must know to write prompts as in training, where the saved tokenizer does not tell.
 
         Args:
-            rows: some training rows.
+            rows: the dataset of canonical training rows.
         """
         if self.task != "causal-lm":
             return {}
         known: dict[str, Any] = {"system": self.system}
         if self.template is None:
             known["template"] = "none" if getattr(self.processor, "chat_template", None) else None
-            # White space at the end of every prompt of a file is easily forgotten at a command line.
-            ends = {p[len(p.rstrip()) :] or r.get("separator") for r in rows if (p := r.get("prompt"))}
-            known["separator"] = ends.pop() if len(ends) == 1 else None
+            known["separator"] = _common_end(rows)
         return {key: value for key, value in known.items() if value}
 
     def render(self, row: Row) -> Rendered:
@@ -337,3 +335,20 @@ def _check(where: str, value: str, accepted: tuple[str, ...]) -> None:
         raise UserError(
             f"unknown value '{value}'.{did_you_mean(value, accepted)} Accepted: {', '.join(accepted)}.", where=where
         )
+
+
+def _common_end(rows: Any) -> str | None:
+    """What every raw prompt of a dataset ends with before its answer: a separator, or white space of its own.
+
+    White space at the end of all prompts is easily forgotten at a command line; None where prompts differ in it.
+    """
+    import pyarrow.compute as pc
+
+    found: set[str | None] = set()
+    for table in rows.select_columns(["prompt", "separator"]).with_format("arrow").iter(10_000):
+        own = pc.replace_substring_regex(table["prompt"], r"^[\s\S]*\S", "")
+        ends = pc.if_else(pc.equal(own, ""), pc.fill_null(table["separator"], ""), own)
+        found.update(end for end in pc.unique(ends).to_pylist() if end is not None)
+        if len(found) > 1:
+            return None
+    return found.pop() if found else None

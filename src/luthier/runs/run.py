@@ -328,7 +328,7 @@ def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
             write_json(evaluation_file, {"before": before})
     artefact = plan.procedure.build()(shop)
     model = artefact.model
-    prompts = data.renderer.prompts([data.train.rows.dataset[i] for i in range(min(8, len(data.train.rows)))])
+    prompts = data.renderer.prompts(data.train.rows.dataset)
     if data.renderer.template and recipe.data.template:
         loaded.processor.chat_template = data.renderer.template  # so that whoever opens the model writes prompts alike
     if shop.processes.main:
