@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from luthier.core.errors import LuthierError
 
 
@@ -50,9 +52,9 @@ def _sync_folder(path: Path) -> None:
 def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise LuthierError(
-            f"could not write {path}: {error.strerror or error}. Nothing that was there before is lost; "
+            f"could not write {path}: {getattr(error, 'strerror', None) or error}. Nothing that was there before is lost; "
             "free some space or choose another folder, then run again."
         ) from error
 

@@ -137,6 +137,7 @@ class Trainer:
         self.evaluations_without_gain = 0
         self.seen = {"tokens": 0, "supervised": 0, "rows": 0, "seconds": 0.0}
         self._metrics: Metrics | None = None
+        self._saved = -1
         self._since: dict[str, list[float]] = {}
 
     # -- one step
@@ -307,6 +308,7 @@ class Trainer:
                 best=best,
             )
             self.observe("checkpoint", {"step": session.step, "path": str(path), "best": best})
+        self._saved = session.step
         session.close()
         processes.barrier()
 
@@ -335,7 +337,7 @@ class Trainer:
         self.optimizer = make_optimizer(session.model, session.stack, self.training)
         self._opened = [p.requires_grad for p in self._parameters]
         load_optimizer_state(self.optimizer, self._names(), optimizer, processes.like)
-        session.step = state["step"]
+        session.step = self._saved = state["step"]
         self.best, self.evaluations_without_gain = state["best"], state["evaluations_without_gain"]
         self.seen, self._since = state["seen"], state["since"]
 
@@ -407,12 +409,17 @@ class Trainer:
                 self._metrics.close()
         if stopped:
             raise Interrupted(f"stopped as asked after step {session.step} of {self.total}; continue with --resume.")
+        if self._saved != session.step:  # what follows (measuring, saving) may be interrupted too
+            self.save()
         session.model.eval()
+        counted = ("tokens", "supervised", "rows")
+        seen = dict(zip(counted, session.processes.sum([float(self.seen[k]) for k in counted]), strict=True))
         return {
             "steps": session.step,
             "total_steps": self.total,
             "stopped_early": done,
-            **self.seen,
+            **{k: int(v) for k, v in seen.items()},
+            "seconds": self.seen["seconds"],
             "trainable_parameters": sum(p.numel() for p in self._parameters if p.requires_grad),
             "parameters": sum(p.numel() for p in self._parameters),
             "peak_memory_bytes": peak_memory(session.device),
