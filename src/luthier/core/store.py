@@ -53,8 +53,9 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        cause = getattr(error, "strerror", None) or error
         raise LuthierError(
-            f"could not write {path}: {getattr(error, 'strerror', None) or error}. Nothing that was there before is lost; "
+            f"could not write {path}: {cause}. Nothing that was there before is lost; "
             "free some space or choose another folder, then run again."
         ) from error
 
