@@ -155,7 +155,7 @@ def test_check(api, capsys):
     for words in ("1,234,567", "memory  about 2.00 GiB: weights 1.0 MiB", "time    about 2 min", "a remark"):
         assert words in out
     assert "note: train: 1 row (0.0%) without a supervised token, left out: f:7\n" in out
-    assert "note: text: 1 rows" in out
+    assert "note: text: 1 row" in out
     assert cli.run(["check", "r.yaml", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == CHECK
 

@@ -271,11 +271,16 @@ def test_the_shared_head_alone_and_untied():
     assert not torch.equal(model.lm_head.weight, before)
 
 
-def test_the_shared_head_must_be_named_after_the_adapter():
+@pytest.mark.parametrize("head_first", [True, False])
+def test_the_shared_head_and_the_adapter_go_in_any_order(head_first):
     lora = registry.get("parameters", "lora").build({"rank": 2})
-    session = make_session(llama(), parameters=[SharedHead(), lora])
-    with pytest.raises(UserError, match="name it last under parameters"):
-        Trainer(session, random_rows(), settings())
+    both = [SharedHead(), lora]
+    session = make_session(llama(), parameters=both if head_first else both[::-1])
+    Trainer(session, random_rows(), settings()).run()
+    base = llama().state_dict()
+    model = session.model.get_base_model()
+    assert not torch.equal(model.lm_head.weight.detach(), base["lm_head.weight"])
+    assert torch.equal(model.model.embed_tokens.weight.detach(), base["model.embed_tokens.weight"])
 
 
 # -- what a run leaves

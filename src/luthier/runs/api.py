@@ -296,7 +296,7 @@ def quickstart(folder: str | Path = "runs/quickstart", *, quiet: bool = False) -
             {
                 "model": "lab:nano",
                 "data": {"train": QUICKSTART_DATA, "test": QUICKSTART_DATA, "limit": 2000},
-                "training": {"learning_rate": 1e-3, "batch_rows": 16, "epochs": 4, "log_steps": 20},
+                "training": {"learning_rate": 1e-3, "batch_rows": 16, "epochs": 4, "log_steps": 20, "threads": 1},
                 "evaluation": {"max_new_tokens": 32, "limit": 200},
                 "output": str(folder / name),
                 **sections,
