@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from luthier.cli import common
+from luthier.runs.manifest import processor_name
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
@@ -117,22 +118,13 @@ def _hardware() -> dict[str, Any]:
     limit = _limit("/sys/fs/cgroup/memory.max")
     total = min(memory.total, limit) if limit else memory.total
     return {
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count() or 1,
         "cores usable": _cores(),
         "memory GB": round(total / 1e9, 1),
         "memory free GB": round(min(memory.available, total) / 1e9, 1),
         "disk free GB here": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _limit(file: str) -> int | None:

@@ -32,7 +32,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """The processor as the system calls it."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -53,7 +54,7 @@ def hardware() -> dict[str, Any]:
     ]
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "cores": cores,
         "threads": torch.get_num_threads(),
         "memory_gib": round(memory / 2**30, 1),

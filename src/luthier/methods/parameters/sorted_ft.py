@@ -25,7 +25,6 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from luthier.core.errors import UserError
 from luthier.core.protocols import Context
 from luthier.core.registry import parameters
 from luthier.functional.exits import final_norm, transformers_model
@@ -69,15 +68,8 @@ class SharedHead:
         return model
 
     def groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
-        """One group of both.
-
-        Raises:
-            UserError: a method named after this one has frozen them.
-        """
-        opened = shared(model)
-        if not all(p.requires_grad for p in opened):
-            raise UserError("sorted-ft: name it last under parameters; the one after it has frozen the head again.")
-        return [{"params": opened}]
+        """One group of both."""
+        return [{"params": shared(model)}]
 
     def on_grad(self, model: torch.nn.Module, ctx: Context) -> None:
         """Nothing to do."""
