@@ -220,6 +220,7 @@ def luthier(job: Job, turns: Turns) -> None:
     from luthier.engine.optimizer import open_parameters
     from luthier.engine.session import Session
     from luthier.engine.stack import Setup
+    from luthier.evaluation.divergence import DivergenceFromBase
     from luthier.models.load import load
     from luthier.runs import setup
     from luthier.runs.api import plan_of
@@ -244,12 +245,16 @@ def luthier(job: Job, turns: Turns) -> None:
     data = setup.load_data(plan, loaded.processor, loaded.task, keep=False)
     stack = setup.build_stack(plan)
     task = get_task(loaded.task, loaded.processor)
+    prepared = data.train.prepared
+    alone = Session(model=loaded.model, task=task, processor=loaded.processor, stack=stack, precision=job.precision)
+    watch = DivergenceFromBase(alone, prepared)
     model = open_parameters(loaded.model, stack, Setup(seed=0, task=task, processor=loaded.processor))
     session = Session(
         model=model, task=task, processor=loaded.processor, stack=stack, processes=Processes(), precision=job.precision
     )
-    prepared = data.train.prepared
-    trainer = Trainer(session, prepared, plan.recipe.training, observe=lambda event, values: after(event))
+    trainer = Trainer(
+        session, prepared, plan.recipe.training, watch=watch, observe=lambda event, values: after(event)
+    )
 
     before = [0]
 

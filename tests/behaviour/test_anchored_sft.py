@@ -15,23 +15,16 @@ were fixed before anything was run.
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import luthier
-from helpers import OpenAll, settings
 from luthier import lab
-from luthier.core import registry
-from luthier.engine.loop import Trainer
-from luthier.engine.session import Session
-from luthier.engine.stack import Stack
-from luthier.tasks.classification import SequenceClassification
+from modular_addition import Adder, Sums, predictions, tune
 
 RESULT = Path(__file__).resolve().parents[2] / "docs" / "measured" / "anchored-sft.json"
 ARMS = {
@@ -42,71 +35,10 @@ ARMS = {
     "asft 0.05": {"anchored-sft": {"anchor_weight": 0.05}},
     "asft 0.5": {"anchored-sft": {"anchor_weight": 0.5}},
 }
-MODULUS, NOISE = 31, 0.25
+NOISE = 0.25
 
 
 # -- modular addition
-
-
-class Adder(torch.nn.Module):
-    """(a, b) -> logits over the residues."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = (torch.nn.Embedding(MODULUS, 128) for _ in range(2))
-        self.body = torch.nn.Sequential(
-            torch.nn.Linear(128, 256), torch.nn.ReLU(), torch.nn.Linear(256, 256), torch.nn.ReLU()
-        )
-        self.head = torch.nn.Linear(256, MODULUS)
-
-    def forward(self, input_ids, attention_mask=None, output_hidden_states=False):
-        summed = self.first(input_ids[:, 0]) + self.second(input_ids[:, 1])
-        return SimpleNamespace(logits=self.head(self.body(summed)))
-
-
-class Sums:
-    """Prepared rows of pairs and labels."""
-
-    task, labels = "sequence-classification", tuple(map(str, range(MODULUS)))
-
-    def __init__(self, count, rng, noise=0.0):
-        self.pairs = rng.integers(0, MODULUS, (count, 2))
-        wrong = rng.random(count) < noise
-        self.label = np.where(wrong, rng.integers(0, MODULUS, count), self.pairs.sum(1) % MODULUS)
-        self.lengths = np.full(count, 2, dtype=np.int32)
-        self.keys = [f"{i:032x}" for i in range(count)]
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def fetch(self, index):
-        index = [int(i) for i in index]
-        return {"input_ids": list(self.pairs[index]), "label": self.label[index], "key": [self.keys[i] for i in index]}
-
-
-def tune(model, rows, objective, *, seed, steps, rate):
-    """A copy of the model after training."""
-    ((slug, options),) = objective.items()
-    method, opened = registry.get("objective", slug).build(options), OpenAll()
-    session = Session(
-        model=opened.apply(copy.deepcopy(model), None),
-        task=SequenceClassification(SimpleNamespace(pad_token_id=0)),
-        processor=None,
-        stack=Stack(objective=method, parameters=[opened], named={"objective": method, "parameters": opened}),
-        seed=seed,
-    )
-    epochs = float(-(-steps * 64 // len(rows)))
-    training = settings(
-        batch_rows=64, epochs=epochs, max_steps=steps, learning_rate=rate, schedule="constant", weight_decay=0.01,
-        max_grad_norm=None, log_steps=steps,
-    )  # fmt: skip
-    Trainer(session, rows, training).run()
-    return session.model.eval()
-
-
-@torch.no_grad()
-def predictions(model, rows):
-    return model(torch.from_numpy(rows.pairs)).logits.double().log_softmax(-1)
 
 
 def addition(seed, *, base_steps, steps):

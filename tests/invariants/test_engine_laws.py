@@ -102,6 +102,15 @@ def test_buckets_cut_padding():
     assert padded(True) < 1.05 < 1.5 < padded(False)
 
 
+def test_the_widest_step_of_an_epoch_comes_first():
+    lengths = np.random.default_rng(0).integers(1, 200, size=403)
+    for order in (DataOrder(lengths, seed=0, batch_rows=8), DataOrder(lengths, seed=0, batch_rows=None, batch_tokens=900)):
+        for epoch in (0, 1):
+            sizes = [len(s) * int(lengths[s].max()) for s in order.epoch(epoch)]
+            assert sizes[0] == max(sizes) > sizes[-1]
+            assert sorted(r for s in order.epoch(epoch) for r in s.tolist()) == list(range(403))
+
+
 def test_micro_batches_of_a_step_are_its_rows():
     rows = np.asarray([5, 1, 9, 3, 7])
     pieces = split(rows, np.arange(10), 8)

@@ -40,6 +40,7 @@ from luthier.engine.order import DataOrder, split
 from luthier.engine.session import Session
 
 Evaluate = Callable[[], dict[str, float]]
+Watch = Callable[[Session], dict[str, float]]
 Observe = Callable[[str, dict[str, Any]], None]
 
 
@@ -104,6 +105,7 @@ class Trainer:
         training: the ``training`` section of a recipe.
         folder: the run's folder; None keeps nothing on disk.
         evaluate: called every ``eval_steps``; its ``loss`` decides early stopping and the best checkpoint.
+        watch: what it measures stands beside the loss of every logged step.
         observe: receives ``(event, values)`` for ``step``, ``evaluation`` and ``checkpoint``.
     """
 
@@ -115,10 +117,11 @@ class Trainer:
         *,
         folder: Path | None = None,
         evaluate: Evaluate | None = None,
+        watch: Watch | None = None,
         observe: Observe | None = None,
     ) -> None:
         self.session, self.data, self.training, self.folder = session, data, training, folder
-        self.evaluate, self.observe = evaluate, observe or (lambda event, values: None)
+        self.evaluate, self.watch, self.observe = evaluate, watch, observe or (lambda event, values: None)
         self.order = DataOrder(
             data.lengths,
             seed=session.seed,
@@ -387,7 +390,7 @@ class Trainer:
                     last = session.step == self.total
                     if session.step % training.log_steps == 0 or last:
                         now = time.perf_counter()
-                        record = self._log(now - mark, before)
+                        record = self._log(now - mark, before) | (self.watch(session) if self.watch else {})
                         self.seen["seconds"] += now - mark
                         before, mark = dict(self.seen), now
                         if self._metrics is not None:

@@ -71,7 +71,10 @@ class DataOrder:
         for start in range(0, len(shuffled), window):
             part = shuffled[start : start + window]
             steps += self._cut(part[np.argsort(self.lengths[part], kind="stable")])
-        return [steps[i] for i in rng.permutation(len(steps))]
+        order = rng.permutation(len(steps)).tolist()
+        # The widest step comes first: a model that does not fit fails at once, and later steps reuse its memory.
+        order.insert(0, order.pop(int(np.argmax([len(steps[i]) * self.lengths[steps[i]].max() for i in order]))))
+        return [steps[i] for i in order]
 
     def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
         if self.batch_rows is not None:

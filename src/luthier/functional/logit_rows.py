@@ -21,7 +21,7 @@ Normalise = Callable[[torch.Tensor, torch.Tensor, Sequence[str], bool], dict[str
 
 # Rows are worked on in blocks of about this many bytes on a CPU, so that only the first read and the last write of a
 # block go to main memory.
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 4 << 20
 
 
 def _row_dot(a_CV: torch.Tensor, b_CV: torch.Tensor) -> torch.Tensor:

@@ -145,11 +145,13 @@ class Workshop:
         from luthier.engine.loop import Trainer
         from luthier.engine.optimizer import open_parameters
         from luthier.engine.stack import Setup
+        from luthier.evaluation.divergence import DivergenceFromBase
         from luthier.runs.verify import verify_head
 
         training = self.plan.recipe.training
         stack = setup.build_stack(self.plan)
         model: Any = self.loaded.model.to(self.processes.device)
+        from_base = DivergenceFromBase(self.session(model), source.prepared)
         context = Setup(seed=self.seed, task=self.plan.task, processor=self.loaded.processor)
         stack.call("prepare_model", model, self.loaded.processor)
         model = open_parameters(model, stack, context)
@@ -163,7 +165,7 @@ class Workshop:
         if watched is not None:
             evaluate = lambda: quick_loss(session, watched.prepared, rows)  # noqa: E731
         rows_read = source.prepared.only((*session.task.reads, *stack.needs.columns))
-        trainer = Trainer(session, rows_read, training, folder=self.folder, evaluate=evaluate)
+        trainer = Trainer(session, rows_read, training, folder=self.folder, evaluate=evaluate, watch=from_base)
         tracked = bool(training.trackers)
         if tracked:
             self.processes.accelerator.init_trackers(self.folder.name)

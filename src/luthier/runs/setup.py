@@ -189,13 +189,14 @@ def quieten() -> None:
 
 
 def settings(plan: Any) -> None:
-    """Threads, and an allocator that keeps its pages."""
+    """Threads, and what the process keeps in memory."""
     import torch
 
-    from luthier.engine.memory import keep_pages
+    from luthier.engine.memory import few_products, keep_pages
 
     quieten()
     keep_pages()
+    few_products()
     if plan.recipe.training.threads:
         torch.set_num_threads(plan.recipe.training.threads)
 

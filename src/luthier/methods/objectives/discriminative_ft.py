@@ -205,7 +205,7 @@ class DiscriminativeFineTuning:
             q_BK = scores(reference_N, negatives.sequence_N, negatives.examples, mean=False)[0].view(size)
             # Over answers of the base, its own log-probability less the model's is the divergence from base to model.
             ratio_BK = (q_BK - r_BK.detach()) * weight_B[:, None]
-            metrics["kl_to_base"] = (ratio_BK.sum(), (length_BK * weight_B[:, None]).sum())
+            metrics["kl_on_negatives"] = (ratio_BK.sum(), (length_BK * weight_B[:, None]).sum())
         d_BK = r_BK.detach() / self.tau - q_BK
         u_B = updated(self._known(rows).to(d_BK), d_BK, self.gamma)
         if ctx.model.training:
