@@ -2,11 +2,13 @@
 
 ``methods/README.md`` comes from the registry. ``recipe.md`` and ``lab.md`` are the files of the same name in
 ``templates/``, where ``{{keys Section}}`` stands for the keys of a section of the recipe schema, and
-``{{options task}}`` for the options of a lab task.
+``{{options task}}`` for the options of a lab task. What an experiment of ``tests/behaviour/`` left in ``measured/`` stands
+between two marks in the page of its method.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,11 +119,50 @@ def templated(name: str) -> str:
     return re.sub(r"\{\{(\w+) (\w+)\}\}", lambda found: makers[found[1]](found[2]), text)
 
 
+def measured(found: dict[str, Any]) -> str:
+    """An experiment's design, the means over its seeds, and what became of each claim."""
+    lines = ["> " + line if line else ">" for line in found["design"].strip().splitlines()]
+    lines += ["", f"Means over {len(found['seeds'])} seeds; every number is in `docs/measured/{found['method']}.json`."]
+    means = found["mean"]
+    nested = any(isinstance(v, dict) for arms in means.values() for v in arms.values())
+    for title, arms in means.items() if nested else [("", means)]:
+        metrics = list(dict.fromkeys(name for values in arms.values() for name in values))
+        lines += ["", f"| {title} | " + " | ".join(n.replace("_", " ") for n in metrics) + " |"]
+        lines.append("|---|" + "---|" * len(metrics))
+        for arm, values in arms.items():
+            lines.append(f"| {_cell(arm)} | " + " | ".join(_number(values.get(n)) for n in metrics) + " |")
+    lines += ["", "| claim | |", "|---|---|"]
+    for claim, value in found["claims"].items():
+        said = ("holds" if value else "**does not hold**") if isinstance(value, bool) else _number(value)
+        lines.append(f"| {_cell(claim)} | {said} |")
+    return "\n".join(lines)
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, int | float) and abs(value) < 1000 else str(value)
+
+
+def with_measurements(page: Path) -> str:
+    """A method's page with its experiment between the two marks."""
+    text = page.read_text(encoding="utf-8")
+    found = json.loads((DOCS / "measured" / f"{page.stem}.json").read_text(encoding="utf-8"))
+    before, begin, rest = text.partition("<!-- measured -->\n")
+    _, end, after = rest.partition("<!-- /measured -->")
+    if not begin or not end:
+        raise KeyError(f"{page}: there is no place between <!-- measured --> and <!-- /measured -->")
+    return f"{before}{begin}\n{measured(found)}\n\n{end}{after}"
+
+
 def pages() -> Iterator[tuple[Path, str]]:
     """Every page that is made, with its text."""
     yield DOCS / "methods" / "README.md", listing()
     for name in TEMPLATED:
         yield DOCS / name, templated(name)
+    for page in sorted((DOCS / "methods").glob("*.md")):
+        if (DOCS / "measured" / f"{page.stem}.json").exists():
+            yield page, with_measurements(page)
 
 
 if __name__ == "__main__":
