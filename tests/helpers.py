@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from luthier.engine.distributed import Processes
 from luthier.engine.optimizer import open_parameters
@@ -15,6 +15,7 @@ from luthier.engine.stack import Setup, Stack
 from luthier.methods.objectives.sft import SupervisedFineTuning
 from luthier.recipe.schema import Training
 from luthier.tasks.causal_lm import CausalLM
+from luthier.tasks.masked_lm import MaskedLM
 
 
 class TinyProcessor:
@@ -27,7 +28,14 @@ class TinyProcessor:
         return 64
 
 
-PROCESSOR = TinyProcessor()
+class MaskingProcessor(TinyProcessor):
+    """The same with a mask token, as encoders have it."""
+
+    mask_token_id = 3
+    all_special_ids = [0, 1, 2, 3]
+
+
+PROCESSOR, MASKING = TinyProcessor(), MaskingProcessor()
 
 
 def tiny_llama(seed: int = 0, *, vocabulary: int = 64, tied: bool = False, dropout: float = 0.0) -> LlamaForCausalLM:
@@ -48,6 +56,21 @@ def tiny_llama(seed: int = 0, *, vocabulary: int = 64, tied: bool = False, dropo
         eos_token_id=2,
     )
     return LlamaForCausalLM(config)
+
+
+def tiny_bert(seed: int = 0, *, dropout: float = 0.0) -> BertForMaskedLM:
+    """An encoder of about 10k parameters."""
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    return BertForMaskedLM(config)
 
 
 class MemoryRows:
@@ -125,8 +148,18 @@ class OpenAll:
         return model
 
 
-def make_session(model: Any = None, *, seed: int = 0, processes: Processes | None = None, **stack: Any) -> Session:
-    """A session over a tiny Llama with plain SFT, unless told otherwise."""
+# A tiny model, its processor and its task, for a method to be tried on.
+BEDS: dict[str, tuple[Any, Any, Any]] = {
+    "causal-lm": (tiny_llama, PROCESSOR, CausalLM),
+    "masked-lm": (tiny_bert, MASKING, MaskedLM),
+}
+
+
+def make_session(
+    model: Any = None, *, task: str = "causal-lm", seed: int = 0, processes: Processes | None = None, **stack: Any
+) -> Session:
+    """A session over a tiny model with plain SFT, unless told otherwise."""
+    make, processor, kind = BEDS[task]
     objective = stack.pop("objective", None) or SupervisedFineTuning()
     parameters = stack.pop("parameters", None) or [OpenAll()]
     named = {"objective": objective, **{f"parameters#{i}": p for i, p in enumerate(parameters)}}
@@ -134,11 +167,13 @@ def make_session(model: Any = None, *, seed: int = 0, processes: Processes | Non
     if stack.get("selector"):
         named["selector"] = stack["selector"]
     made = Stack(objective=objective, parameters=parameters, named=named, **stack)
-    model = open_parameters(model or tiny_llama(), made, Setup(seed=seed, task="causal-lm", processor=PROCESSOR))
+    model = model or make()
+    made.call("prepare_model", model, processor)
+    model = open_parameters(model, made, Setup(seed=seed, task=task, processor=processor))
     return Session(
         model=model,
-        task=CausalLM(PROCESSOR),
-        processor=PROCESSOR,
+        task=kind(processor),
+        processor=processor,
         stack=made,
         processes=processes or Processes(device="cpu"),
         seed=seed,

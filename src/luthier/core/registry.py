@@ -30,6 +30,8 @@ from luthier.core.lazy import deferred
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+# Tasks whose targets are tokens of a vocabulary, so that rows need no label.
+TOKEN_TASKS = ("causal-lm", "masked-lm")
 AXES = {
     "objective": "objectives",
     "transform": "transforms",

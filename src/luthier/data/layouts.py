@@ -77,6 +77,7 @@ TASK_LAYOUTS = {
     "sequence-classification": ("classification",),
     "token-classification": ("tags",),
     "image-classification": ("image",),
+    "masked-lm": ("text", "classification"),  # of classification rows the text alone is read
 }
 ROLES = ("prompt", "completion", "text", "text2", "messages", "chosen", "rejected", "label", "tokens", "tags")
 OPTIONAL_ROLES = ("input", "system", "tools", "id")

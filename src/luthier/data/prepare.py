@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from luthier.core.errors import UserError, did_you_mean
+from luthier.core.registry import TOKEN_TASKS
 from luthier.core.store import Store, content_hash
 from luthier.data.prepared_file import Schema, Writer
 from luthier.data.read import Rows, label_names, open_arrow, progress_bar, sort_labels
@@ -188,7 +189,7 @@ def prepare(
     """
     dataset = rows.dataset if isinstance(rows, Rows) else rows
     fingerprint = rows.fingerprint if isinstance(rows, Rows) else dataset_hash(rows)
-    if renderer.task == "causal-lm":
+    if renderer.task in TOKEN_TASKS:
         labels = []
     elif labels is None:
         labels = rows.labels if isinstance(rows, Rows) else _labels(dataset)
@@ -310,6 +311,8 @@ class _Maker:
     def targets(self, row: dict[str, Any], rendered: Rendered) -> int:
         if self.task == "causal-lm":
             return rendered.supervised
+        if self.task == "masked-lm":
+            return sum(i not in self.stops for i in rendered.input_ids)
         return len(rendered.positions) if self.task == "token-classification" else 1
 
     def check_label(self, label: str | None, row: dict[str, Any], column: str) -> None:

@@ -16,6 +16,7 @@ from luthier.data.render import Rendered
 INTS = pa.list_(pa.int32())
 OF_TASK: dict[str, list[tuple[str, pa.DataType]]] = {
     "causal-lm": [("input_ids", INTS), ("spans", INTS), ("rejected_ids", INTS), ("rejected_spans", INTS)],
+    "masked-lm": [("input_ids", INTS)],
     "sequence-classification": [("input_ids", INTS), ("label", pa.int32())],
     "token-classification": [("input_ids", INTS), ("positions", INTS), ("tags", INTS)],
     "image-classification": [("image", IMAGE_TYPE), ("label", pa.int32())],
@@ -73,7 +74,7 @@ class Writer:
             arrays["tags"] = [
                 [index_of[row["tags"][w]] for w in r.words] for row, r in zip(rows, rendered, strict=True)
             ]
-        else:
+        elif task != "masked-lm":
             arrays["label"] = [index_of[row["label"]] for row in rows]
         if task == "image-classification":
             arrays["image"] = [row["image"] for row in rows]

@@ -170,6 +170,8 @@ class Trainer:
             index_B = rows[:1] if empty else rows[piece]
             batch = session.task.collate(self.data.fetch(index_B), index_B, session.stack.needs.columns)
             batch = session.to_device(batch)
+            if hasattr(session.task, "vary"):
+                batch = session.task.vary(batch, session)
             if empty:  # every rank must take part in every backward pass
                 batch = batch.with_weights(torch.zeros_like(batch.weight_N))
             elif weight_b is not None:
@@ -203,9 +205,12 @@ class Trainer:
             [
                 float(sum(float(b.weight_N.sum()) for b in batches)),
                 float(sum(b.examples for b in batches if bool(b.weight_N.any()))),
+                float(
+                    sum(int(b.adjustable_BT.sum()) for b in batches if b.adjustable_BT is not None and b.weight_N.any())
+                ),
             ]
         )
-        session.totals = {"token": counts[0], "sequence": counts[1]}
+        session.totals = {"token": counts[0], "sequence": counts[1], "adjustable": counts[2]}
         rate = training.learning_rate * schedule_factor(training.schedule, session.step, self.total, training.warmup)
         set_learning_rate(self.optimizer, rate)
         losses: list[Loss] = []

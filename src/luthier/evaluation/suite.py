@@ -15,6 +15,7 @@ import torch
 
 from luthier.core.errors import LuthierError, UserError
 from luthier.core.protocols import Batch, Completion, Outputs, Reward
+from luthier.core.registry import TOKEN_TASKS
 from luthier.evaluation.accumulators import (
     Accumulator,
     Calibration,
@@ -73,7 +74,7 @@ def accumulators(task: str, labels: Sequence[str] | None, *, with_calibration: b
     Raises:
         UserError: a classification task without label names.
     """
-    accuracy = "token_accuracy" if task == "causal-lm" else "accuracy"
+    accuracy = "token_accuracy" if task in TOKEN_TASKS else "accuracy"
     means = {
         "loss": MeanOf(lambda o: -o.logp_N, "nats", "lower"),
         "perplexity": MeanOf(lambda o: -o.logp_N, "perplexity", "lower", report=_exp),
@@ -81,7 +82,7 @@ def accumulators(task: str, labels: Sequence[str] | None, *, with_calibration: b
         "mean_probability": MeanOf(lambda o: np.exp(o.logp_N), "share", "higher", (0.0, 1.0)),
     }
     chosen: list[Accumulator] = []
-    if task != "causal-lm":
+    if task not in TOKEN_TASKS:
         del means["perplexity"]
         if not labels:
             raise UserError(f"evaluating {task} needs the names of the labels, and there are none.")

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core.errors import UserError, did_you_mean
+from luthier.core.registry import TOKEN_TASKS
 from luthier.core.store import cache_folder, content_hash, write_json
 from luthier.models.shards import INDEX, SINGLE, Shards
 
-TASKS = ("causal-lm", "sequence-classification", "token-classification", "image-classification")
+TASKS = ("causal-lm", "sequence-classification", "token-classification", "image-classification", "masked-lm")
 # How the architectures of transformers are named, by task.
 _SUFFIXES = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
     "ForConditionalGeneration": "causal-lm",
+    "ForMaskedLM": "masked-lm",
     "ForSequenceClassification": "sequence-classification",
     "ForTokenClassification": "token-classification",
     "ForImageClassification": "image-classification",
@@ -234,7 +236,7 @@ def inspect(spec: str | Path, *, revision: str | None = None) -> ModelInfo:
         heads=heads,
         key_value_heads=size_of("num_key_value_heads") or heads,
         intermediate=size_of("intermediate_size", "n_inner"),
-        labels=() if task in (None, "causal-lm") else _labels(config),
+        labels=() if task in (None, *TOKEN_TASKS) else _labels(config),
         special_tokens={k: config.get(f"{k}_token_id") for k in ("bos", "eos", "pad")},
         chat_template=bool(tokens.get("chat_template")) or (folder / "chat_template.jinja").is_file(),
         tied=bool(config.get("tie_word_embeddings", True)) and not any("lm_head" in n for n in shards.header),

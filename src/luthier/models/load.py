@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core.errors import UserError, did_you_mean, missing_extra
+from luthier.core.registry import TOKEN_TASKS
 from luthier.core.rng import derive_seed
 from luthier.models.info import TASKS, ModelInfo, adapter_base, fingerprint, inspect, read_json, resolve
 from luthier.models.quiet import quiet
@@ -33,6 +34,7 @@ __all__ = [
 
 _MAPPINGS = {
     "causal-lm": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    "masked-lm": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
     "sequence-classification": (
         "AutoModelForSequenceClassification",
         "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -142,7 +144,7 @@ def load(
         id=str(spec),
         folder=folder,
         fingerprint=fingerprint(folder),
-        labels=() if chosen == "causal-lm" else label_names(model.config),
+        labels=() if chosen in TOKEN_TASKS else label_names(model.config),
         base=base,
         notes=tuple(notes),
     )
@@ -225,7 +227,7 @@ def _open(
 
     if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise missing_extra("flash-attn", "attention: flash_attention_2", "flash-attn")
-    if task == "causal-lm":
+    if task in TOKEN_TASKS:
         names = ()
     elif not names and info.task != task:
         raise UserError(f"has no head for {task}; give the class names, so that one can be made.", where=info.id)

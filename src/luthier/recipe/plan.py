@@ -121,8 +121,8 @@ class Plan:
         """
         self.task = task
         self.facts = {f for f in self.facts if not f.startswith("task:")} | {f"task:{task}"}
+        checks.conflicts(self)  # first: they tell the reason
         checks.tasks(self)
-        checks.conflicts(self)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: the methods by axis with their options, the task and the facts."""
@@ -176,9 +176,9 @@ def plan(recipe: Recipe) -> Plan:
     checks.sum(made)
     checks.repeats(made)
     checks.adapters(made)
+    checks.conflicts(made)  # first: they tell the reason
     if made.task != "auto":
         checks.tasks(made)
-    checks.conflicts(made)
     return made
 
 

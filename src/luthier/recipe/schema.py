@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 VERSION = 1
 
-Task = Literal["causal-lm", "sequence-classification", "token-classification", "image-classification"]
+Task = Literal["causal-lm", "sequence-classification", "token-classification", "image-classification", "masked-lm"]
 TASKS: tuple[str, ...] = get_args(Task)
 
 KeyPath = tuple[str | int, ...]

@@ -18,12 +18,14 @@ from luthier.models.save import prompts_of
 
 _PIPELINES = {
     "causal-lm": "text-generation",
+    "masked-lm": "fill-mask",
     "sequence-classification": "text-classification",
     "token-classification": "token-classification",
     "image-classification": "image-classification",
 }
 _CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
     "sequence-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
     "image-classification": "AutoModelForImageClassification",

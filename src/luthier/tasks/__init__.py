@@ -6,9 +6,11 @@ from luthier.core.errors import UserError, did_you_mean
 from luthier.tasks.base import Encoded, Task
 from luthier.tasks.causal_lm import CausalLM
 from luthier.tasks.classification import ImageClassification, SequenceClassification, TokenClassification
+from luthier.tasks.masked_lm import MaskedLM
 
 TASKS: dict[str, type[Task]] = {
     "causal-lm": CausalLM,
+    "masked-lm": MaskedLM,
     "sequence-classification": SequenceClassification,
     "token-classification": TokenClassification,
     "image-classification": ImageClassification,
@@ -22,4 +24,4 @@ def get_task(name: str, processor: object) -> Task:
     return TASKS[name](processor)
 
 
-__all__ = ["TASKS", "CausalLM", "Encoded", "Task", "get_task"]
+__all__ = ["TASKS", "CausalLM", "Encoded", "MaskedLM", "Task", "get_task"]

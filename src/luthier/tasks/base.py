@@ -48,6 +48,9 @@ class Task(Protocol):
     Attributes:
         name: as in recipes.
         reads: the columns of prepared rows that :meth:`collate` needs.
+
+    A task whose targets are drawn anew in every epoch also has ``vary(batch, ctx) -> Batch``; training calls it after
+    :meth:`collate`, which by itself makes the same batch every time.
     """
 
     name: str
