@@ -133,7 +133,8 @@ def measured(found: dict[str, Any]) -> str:
             lines.append(f"| {_cell(arm)} | " + " | ".join(_number(values.get(n)) for n in metrics) + " |")
     lines += ["", "| claim | |", "|---|---|"]
     for claim, value in found["claims"].items():
-        said = ("holds" if value else "**does not hold**") if isinstance(value, bool) else _number(value)
+        on_seeds = isinstance(value, int) and not isinstance(value, bool)
+        said = f"{value} of {len(found['seeds'])}" if on_seeds else "holds" if value else "**does not hold**"
         lines.append(f"| {_cell(claim)} | {said} |")
     return "\n".join(lines)
 

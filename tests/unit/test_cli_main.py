@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -28,10 +28,12 @@ def run(*arguments, code="", **options):
 
 def test_help_is_fast_and_imports_nothing_heavy():
     seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
+    for _ in range(5):
+        # Processor time: what else the machine does is not in it.
+        start = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-m", "luthier.cli.main", "--help"], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
+        end = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(end.ru_utime - start.ru_utime + end.ru_stime - start.ru_stime)
     assert done.returncode == 0
     for name in COMMANDS:
         assert name in done.stdout

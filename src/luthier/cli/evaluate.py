@@ -42,6 +42,8 @@ def evaluate(
 
 def _human(out: Any, result: dict[str, Any]) -> None:
     out.print(f"model {result.get('model', '')}", markup=False, soft_wrap=True)
+    for note in result.get("notes", ()):
+        out.print(note, markup=False, soft_wrap=True)
     common.show_metrics(out, {"value": {k: v for k, v in result.items() if isinstance(v, dict)}})
     if result.get("harness"):
         out.print("\nlm-evaluation-harness")

@@ -251,11 +251,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Artefact:
-    """What a procedure leaves: the live model and what is known about it."""
+    """What a procedure leaves: the live model and what is known about it.
+
+    ``notes`` are sentences that whoever reads the run's numbers must know; they go wherever these are shown.
+    """
 
     model: Any
     metrics: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Context(Protocol):

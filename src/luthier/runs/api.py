@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core.errors import UserError
+from luthier.models.info import read_json
 from luthier.runs.run import Run, Workshop, execute, open_model
 
 __all__ = ["Run", "check", "evaluate", "generate", "merge", "plan_of", "prepare_data", "quickstart", "train", "tune"]
@@ -158,7 +159,8 @@ def evaluate(
         overrides: ``key.path=value`` as on the command line.
 
     Returns:
-        ``{"model", "target", "keep", "calibration", "items"}`` and, with ``harness``, its results.
+        ``{"model", "target", "keep", "calibration", "items"}``; with ``harness`` its results; and ``notes``, where the
+        run of the model left some.
     """
     from luthier.models.load import load
     from luthier.runs import setup
@@ -176,6 +178,9 @@ def evaluate(
     loaded = open_model(plan, data.labels) if spec is None else load(spec, task=task, labels=data.labels or None)
     shop = Workshop(plan, data, loaded, Path(plan.recipe.output))
     found = {"model": str(spec or plan.recipe.model.id), **shop.evaluate(loaded.model)}
+    manifest = Path(spec).parent / "manifest.json" if spec is not None else None
+    if manifest is not None and manifest.is_file() and (notes := read_json(manifest).get("notes")):
+        found["notes"] = notes
     if harness:
         from luthier.evaluation.harness import run_harness
 

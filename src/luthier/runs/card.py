@@ -69,6 +69,7 @@ def card(folder: Path) -> str:
         f"{plain(base)}, fine-tuned with Luthier: {plain(_methods(manifest))}.",
         f"**{judged.headline}**",
         "\n".join(f"- {plain(c.sentence)}" for c in judged.cards),
+        "\n".join(f"- {plain(note)}" for note in manifest.get("notes") or ()),
         _results(evaluation),
         f"## How to use\n\n{fenced(_usage(task, base, folder / 'model', adapter=adapter), 'python')}",
         f"## How it was made\n\n{_making(base, manifest, evaluation)}",

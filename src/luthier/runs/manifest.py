@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -123,8 +123,9 @@ def write_manifest(folder: str | Path, plan: Any, loaded: Any, data: Any = None,
     return file
 
 
-def finish_manifest(folder: str | Path, **result: Any) -> Path:
-    """Add the end of a run to its manifest: when, and what came out (steps, tokens, seconds, peak memory, hashes)."""
+def finish_manifest(folder: str | Path, notes: Sequence[str] = (), **result: Any) -> Path:
+    """Add the end of a run to its manifest: when, what came out (steps, tokens, seconds, peak memory), what to know."""
     file = Path(folder) / FILE
-    write_json(file, {**read_json(file), "finished": datetime.now(UTC).isoformat(timespec="seconds"), "result": result})
+    end = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "result": result, "notes": list(notes)}
+    write_json(file, {**read_json(file), **end})
     return file

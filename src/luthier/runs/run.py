@@ -6,11 +6,12 @@ What it leaves: ``recipe.yaml`` (resolved), ``manifest.json``, ``data.json``, ``
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from luthier.core import registry
 from luthier.core.errors import UserError
 from luthier.core.protocols import Artefact, Completion
 from luthier.core.store import write_atomic, write_json
+from luthier.data.prepare import prepare
 from luthier.engine.distributed import Processes
 from luthier.runs import disk, setup
 from luthier.runs.analyses import AnalysisContext
@@ -115,7 +117,7 @@ class Workshop:
         }
         return get_task(self.plan.task, self.loaded.processor).collate(columns, range(len(rendered)))
 
-    def session(self, model: Any, stack: Any = None) -> Any:
+    def session(self, model: Any, stack: Any = None, *, seed: int | None = None) -> Any:
         """A session over a model; without methods it serves evaluation alone."""
         from luthier.engine.session import Session
         from luthier.engine.stack import Stack
@@ -128,7 +130,7 @@ class Workshop:
             processor=self.loaded.processor,
             stack=stack or Stack(objective=SupervisedFineTuning()),
             processes=self.processes,
-            seed=self.seed,
+            seed=self.seed if seed is None else seed,
             precision=self.precision,
             head_chunk=training.head_chunk,
             head_backend=training.head,
@@ -140,8 +142,24 @@ class Workshop:
 
     # -- the calls of a procedure
 
-    def train(self, source: setup.Source) -> Artefact:
-        """Train the base model on a source with the recipe's objective, transforms, selection and parameters."""
+    def source(self, rows: Any, name: str) -> setup.Source:
+        """Canonical rows (a ``Dataset``) made by a procedure, rendered and prepared as the training rows are."""
+        columns = tuple(dict.fromkeys(c for choice in self.plan.choices() for c in choice.needs.columns))
+        prepared = prepare(
+            rows, self.data.renderer, labels=self.data.labels, columns=columns, bad_rows=self.plan.recipe.data.bad_rows
+        )
+        return setup.Source(name, replace(self.data.train.rows, dataset=rows), prepared)
+
+    def train(self, source: setup.Source, *, stage: str | None = None, seed: int | None = None) -> Artefact:
+        """Train the base model on a source with the recipe's objective, transforms, selection and parameters.
+
+        Args:
+            source: the rows.
+            stage: the name of an inner training. It starts from a copy of the base and leaves its checkpoints and
+                metrics in ``stages/<stage>``, so that a resumed run has it again without training; the base that the
+                last training takes stays as it is.
+            seed: of order, noise and dropout, where it is not the run's.
+        """
         from luthier.engine.loop import Trainer
         from luthier.engine.optimizer import open_parameters
         from luthier.engine.stack import Setup
@@ -150,14 +168,17 @@ class Workshop:
 
         training = self.plan.recipe.training
         stack = setup.build_stack(self.plan)
-        model: Any = self.loaded.model.to(self.processes.device)
+        folder = self.folder if stage is None else self.folder / "stages" / stage
+        seed = self.seed if seed is None else seed
+        base = self.loaded.model if stage is None else copy.deepcopy(self.loaded.model)
+        model: Any = base.to(self.processes.device)
         from_base = DivergenceFromBase(self.session(model), source.prepared)
-        context = Setup(seed=self.seed, task=self.plan.task, processor=self.loaded.processor)
+        context = Setup(seed=seed, task=self.plan.task, processor=self.loaded.processor)
         stack.call("prepare_model", model, self.loaded.processor)
         model = open_parameters(model, stack, context)
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        session = self.session(model, stack)
+        session = self.session(model, stack, seed=seed)
         if self.plan.task == "causal-lm" and not self.processes.sharded:
             verify_head(session)
         watched, rows = self.data.select or self.data.test, self.plan.recipe.evaluation.batch_rows
@@ -165,7 +186,7 @@ class Workshop:
         if watched is not None:
             evaluate = lambda: quick_loss(session, watched.prepared, rows)  # noqa: E731
         rows_read = source.prepared.only((*session.task.reads, *stack.needs.columns))
-        trainer = Trainer(session, rows_read, training, folder=self.folder, evaluate=evaluate, watch=from_base)
+        trainer = Trainer(session, rows_read, training, folder=folder, evaluate=evaluate, watch=from_base)
         tracked = bool(training.trackers)
         if tracked:
             self.processes.accelerator.init_trackers(self.folder.name)
@@ -190,12 +211,29 @@ class Workshop:
         stack.call("finish_model", trained, self.loaded.processor)
         records = {name: m.record() for name, m in stack.named.items() if hasattr(m, "record")}
         if records and self.processes.main:
-            write_json(self.folder / "methods.json", records)
-        return Artefact(model=trained, metrics=totals, folder=self.folder)
+            write_json(folder / "methods.json", records)
+        return Artefact(model=trained, metrics=totals, folder=folder)
 
     def evaluate(self, model: Any) -> dict[str, Any]:
         """Target, keep and calibration metrics of a model."""
         return self.measure(self.session(model))
+
+    def predict(self, prepared: Any, model: Any = None) -> np.ndarray:
+        """Logits [N, C] of a classifier over every supervised position of prepared rows, in their order."""
+        session = self.session(model if model is not None else self.loaded.model)
+        session.model.eval()
+        found: list[Any] = []
+
+        def keep(logits_CV: Any, index_C: Any) -> Any:
+            found.append(logits_CV.float().cpu().numpy())
+            return index_C
+
+        size = self.plan.recipe.evaluation.batch_rows
+        for start in range(0, len(prepared), size):
+            index_B = np.arange(start, min(start + size, len(prepared)))
+            batch = session.task.collate(prepared.fetch(index_B), index_B)
+            session.evaluate_batch(batch, ()).over_vocabulary(keep)
+        return np.concatenate(found)
 
     def generate(self, prompts: Any, *, model: Any = None, samples: int = 1, **options: Any) -> list[list[Completion]]:
         """Completions for prompts (token ids or canonical rows), by the base unless a model is given."""
@@ -347,6 +385,8 @@ def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
         from luthier.runs.weights import apply_weights
 
         model = apply_weights(plan, shop, folder)
+    for note in artefact.notes:
+        say(note)
     say("measuring the trained model")
     after = shop.evaluate(model)
     totals = {**artefact.metrics, "wall_seconds": time.perf_counter() - started}
@@ -359,7 +399,7 @@ def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
     run = Run(folder=folder, model=model, processor=processor, metrics=metrics)
     if shop.processes.main:
         write_json(evaluation_file, metrics)
-        finish_manifest(folder, **totals)
+        finish_manifest(folder, artefact.notes, **totals)
         write_json(folder / "samples.json", shop.measure.samples(before, after))
         for choice in plan.analysis:
             run.tables.append(choice.build().run([run], AnalysisContext(shop)))
