@@ -105,7 +105,7 @@ def written(ids: list[int]) -> str:
 
 
 def random_rows(count: int = 24, *, seed: int = 0, vocabulary: int = 64) -> MemoryRows:
-    """Rows of 4 to 15 tokens, the second half supervised, with the columns of canonical pairs and their negatives."""
+    """Rows of 4 to 15 tokens, the second half supervised, with the columns of canonical pairs, negatives and scores."""
     rng, other = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     rows = []
     columns: dict[str, list[Any]] = {"prompt": [], "completion": [], "negatives": []}
@@ -118,6 +118,7 @@ def random_rows(count: int = 24, *, seed: int = 0, vocabulary: int = 64) -> Memo
         drawn = [other.integers(3, vocabulary, size=int(other.integers(0, 6))).tolist() for _ in range(4)]
         columns["negatives"].append([written(ids) for ids in drawn])
     nothing = {name: [None] * count for name in ("separator", "system", "messages", "tools")}
+    columns["ref_score"] = np.random.default_rng([seed, 2]).normal(-3.0, 1.0, size=count).tolist()
     return MemoryRows(rows, {"kind": ["pair"] * count, **columns, **nothing})
 
 

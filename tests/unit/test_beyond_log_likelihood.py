@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
 import warnings
 
@@ -9,11 +11,19 @@ import numpy as np
 import pytest
 import torch
 from fakes import FakeContext, FakeOutputs, KnownLogp, position_batch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
 
+from helpers import OpenAll, settings
+from luthier import lab
 from luthier.core.errors import LuthierError, UserError
+from luthier.engine.loop import Trainer
+from luthier.engine.session import Session
+from luthier.engine.stack import Stack
 from luthier.functional.probability_losses import Member, kept, parse, token_loss, token_weight
 from luthier.methods.objectives.beyond_log_likelihood import BeyondLogLikelihood
 from luthier.methods.objectives.sft import SupervisedFineTuning
+from luthier.tasks.classification import ImageClassification
 
 P = np.array([1 - 1e-9, 0.999, 0.9, 0.5, 0.3, 0.05, 1e-4, 1e-12])
 LOGP = np.log(P)
@@ -311,3 +321,70 @@ def test_overflowing_negative_powers_are_clamped_and_warned_about():
 def test_losses_of_the_paper_keep_their_class():
     leaning = {m: parse(m).prior_leaning for m in BY_HAND}
     assert [m for m, yes in leaning.items() if yes] == ["p", "general-0.5", "general-8", "top_p-0.3", "top_logp-0.4"]
+
+
+class Pictures:
+    """Prepared rows of lab:pictures: a coloured shape each, to be told by its colour."""
+
+    task = "image-classification"
+
+    def __init__(self, count):
+        made = lab.dataset("pictures", n=count, difficulty=1, label="colour")
+        self.labels = tuple(sorted({row["label"] for row in made}))
+        self.images, self.label = [r["image"] for r in made], [self.labels.index(r["label"]) for r in made]
+        self.lengths = np.zeros(count, dtype=np.int32)
+
+    def __len__(self):
+        return len(self.label)
+
+    def fetch(self, index):
+        return {"image": [self.images[int(i)] for i in index], "label": [self.label[int(i)] for i in index]}
+
+    def pixels(self):
+        """[n, 3, 16, 16] in [0, 1], read here once more."""
+        read = [np.asarray(Image.open(io.BytesIO(image["bytes"])).convert("RGB")) for image in self.images]
+        return torch.from_numpy(np.stack(read)).permute(0, 3, 1, 2) / 255
+
+
+def to_pixels(images, return_tensors):
+    return {"pixel_values": torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) / 255 for i in images])}
+
+
+@pytest.mark.parametrize("name", ["p", "general-0.5", "top_logp-0.1"])
+def test_pictures_are_classified(name):
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4,
+        num_labels=6, hidden_dropout_prob=0.0,
+    )  # fmt: skip
+    rows, model = Pictures(96), ViTForImageClassification(config)
+    base, method, opened = copy.deepcopy(model).double().eval(), BeyondLogLikelihood(objective=name), OpenAll()
+    session = Session(
+        model=opened.apply(model, None),
+        task=ImageClassification(to_pixels),
+        processor=to_pixels,
+        stack=Stack(objective=method, parameters=[opened], named={"objective": method, "parameters": opened}),
+    )
+    records = []
+    Trainer(
+        session,
+        rows,
+        settings(batch_rows=96, epochs=60, learning_rate=5e-3),
+        observe=lambda event, record: records.append(record) if event == "step" else None,
+    ).run()
+    target_N = torch.tensor(rows.label)
+
+    def p_of(classifier):
+        with torch.no_grad():
+            logits_NV = classifier(rows.pixels().to(next(classifier.parameters()))).logits
+        return torch.softmax(logits_NV.double(), -1)[torch.arange(96), target_N].numpy()
+
+    # The first step's loss is that of the untrained model, one position per picture.
+    p_N = p_of(base)
+    kept_N = p_N >= 0.1 if name == "top_logp-0.1" else np.full(96, True)
+    assert records[0]["loss"] == pytest.approx(BY_HAND_AT[name](p_N)[kept_N].mean(), rel=1e-4)
+    assert records[0]["mean_probability"] == pytest.approx(p_N.mean(), rel=1e-4)
+    assert p_N.mean() < 0.3 < 0.6 < p_of(session.model.eval()).mean()
+
+
+BY_HAND_AT = {"p": lambda p: 1 - p, "general-0.5": lambda p: 2 * (1 - np.sqrt(p)), "top_logp-0.1": lambda p: -np.log(p)}

@@ -396,7 +396,11 @@ class Parameters(Protocol):
 
 
 class DataStage(Protocol):
-    """Selects, scores, cleans, synthesises, reformats or reorders canonical rows; cached by content."""
+    """Selects, scores, cleans, synthesises, reformats or reorders canonical rows; cached by content.
+
+    A stage that reads more than the rows and its options (other models, files) also has ``reads(ctx) -> list[str]``,
+    hashes of what it reads; when one of them changes, the stage runs again.
+    """
 
     def run(self, dataset: Dataset, ctx: Any) -> Dataset:
         """The new rows."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from luthier import functional
 from luthier.core import rng
 from luthier.core.errors import UserError
 from luthier.core.protocols import Completion
@@ -35,15 +36,37 @@ class StageContext:
         """A generator of the named stream."""
         return rng.stream(self.seed, name, *keys)
 
+    def _shop(self, loaded: Any) -> Any:
+        from luthier.runs.run import Workshop
+        from luthier.runs.setup import Data
+
+        return Workshop(self.plan, Data(train=None, renderer=self.renderer), loaded, Path(self.plan.recipe.output))
+
     @cached_property
     def shop(self) -> Any:
         """The base model with its decoder."""
-        from luthier.runs.run import Workshop, open_model
-        from luthier.runs.setup import Data
+        from luthier.runs.run import open_model
 
-        loaded = open_model(self.plan)
-        data = Data(train=None, renderer=self.renderer)
-        return Workshop(self.plan, data, loaded, Path(self.plan.recipe.output))
+        return self._shop(open_model(self.plan))
+
+    def other(self, spec: str, *, dtype: str = "float32") -> Any:
+        """A session over another model: its ``processor``, ``task`` and ``forward``.
+
+        Args:
+            spec: a folder, a hub id, or one of the lab.
+            dtype: of the weights.
+        """
+        from luthier.models.load import load
+
+        loaded = load(spec, task=self.task, dtype=dtype)
+        return self._shop(loaded).session(loaded.model.eval().requires_grad_(False))
+
+    @staticmethod
+    def fingerprint(spec: str) -> str:
+        """A hash of a model's files."""
+        from luthier.models.load import fingerprint, resolve
+
+        return fingerprint(resolve(spec))
 
     def generate(
         self,
@@ -73,13 +96,16 @@ def run_stage(rows: Any, choice: Any, plan: Any, renderer: Any) -> Any:
     from luthier.data.read import Rows, open_arrow
     from luthier.models.load import fingerprint, resolve
 
-    code = Path(inspect.getsourcefile(choice.method.target) or "")
+    # Of the code: the stage's own file, and the pure functions that any of them may stand on.
+    own = Path(inspect.getsourcefile(choice.method.target) or "")
+    code = [own, *sorted(Path(functional.__path__[0]).glob("*.py"))]
     # What a stage makes may depend on the base model and on how rows are rendered for it.
     model = [plan.recipe.model.model_dump(), fingerprint(resolve(plan.recipe.model.id)), renderer.fingerprint]
-    key = content_hash(rows.fingerprint, choice.slug, choice.options, plan.recipe.seed, model, code)
+    stage, context = choice.build(), StageContext(plan, renderer)
+    further = list(stage.reads(context)) if hasattr(stage, "reads") else []
+    key = content_hash(rows.fingerprint, choice.slug, choice.options, plan.recipe.seed, model, further, *code)
 
     def make(folder: Path) -> None:
-        stage, context = choice.build(), StageContext(plan, renderer)
         found = stage.run(rows.dataset, context) if hasattr(stage, "run") else stage(rows.dataset, context)
         with pa.ipc.new_stream(folder / "rows.arrow", SCHEMA) as writer:
             for table in found.with_format("arrow").iter(STAGE_BATCH):
