@@ -252,9 +252,7 @@ def luthier(job: Job, turns: Turns) -> None:
     session = Session(
         model=model, task=task, processor=loaded.processor, stack=stack, processes=Processes(), precision=job.precision
     )
-    trainer = Trainer(
-        session, prepared, plan.recipe.training, watch=watch, observe=lambda event, values: after(event)
-    )
+    trainer = Trainer(session, prepared, plan.recipe.training, watch=watch, observe=lambda event, values: after(event))
 
     before = [0]
 

@@ -2,8 +2,8 @@
 
 ``methods/README.md`` comes from the registry. ``recipe.md`` and ``lab.md`` are the files of the same name in
 ``templates/``, where ``{{keys Section}}`` stands for the keys of a section of the recipe schema, and
-``{{options task}}`` for the options of a lab task. What an experiment of ``tests/behaviour/`` left in ``measured/`` stands
-between two marks in the page of its method.
+``{{options task}}`` for the options of a lab task. What an experiment of ``tests/behaviour/`` left in ``measured/``
+stands between two marks in the page of its method.
 """
 
 from __future__ import annotations

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from modular_addition import Adder, Sums, predictions, tune
 
 import luthier
 from luthier import lab
-from modular_addition import Adder, Sums, predictions, tune
 
 RESULT = Path(__file__).resolve().parents[2] / "docs" / "measured" / "anchored-sft.json"
 ARMS = {

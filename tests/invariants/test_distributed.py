@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import two_processes
 from helpers import make_session, random_rows, settings, tiny_llama, weights
 from luthier.core.errors import UserError
 from luthier.engine.distributed import Processes
@@ -31,34 +27,8 @@ TRAINING = {
 }
 
 
-def launch(job, *, expect=0):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks = []
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-            "PYTHONPATH": os.pathsep.join([str(WORKER.parent), *sys.path]),
-        }
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, str(WORKER), json.dumps(job)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    for process in ranks:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == expect, output
+def launch(job, **options):
+    two_processes.launch(WORKER, job, **options)
 
 
 def single(accumulation=1, tied=False):

@@ -104,7 +104,10 @@ def test_buckets_cut_padding():
 
 def test_the_widest_step_of_an_epoch_comes_first():
     lengths = np.random.default_rng(0).integers(1, 200, size=403)
-    for order in (DataOrder(lengths, seed=0, batch_rows=8), DataOrder(lengths, seed=0, batch_rows=None, batch_tokens=900)):
+    for order in (
+        DataOrder(lengths, seed=0, batch_rows=8),
+        DataOrder(lengths, seed=0, batch_rows=None, batch_tokens=900),
+    ):
         for epoch in (0, 1):
             sizes = [len(s) * int(lengths[s].max()) for s in order.epoch(epoch)]
             assert sizes[0] == max(sizes) > sizes[-1]

@@ -271,7 +271,7 @@ def test_a_custom_function_from_the_users_file(tmp_path):
         (f"{file}:off", "must be 0 at p = 1"),
         (f"{file}:absent", "defines no function 'absent'"),
         (f"{tmp_path / 'absent.py'}:f", "no file"),
-        ("no_such_module_here:f", "no module"),
+        ("no_such_module_here:f", "cannot import"),
         ("nothing", "must be path/to/file.py:name"),
     ):
         with pytest.raises(UserError, match=message):

@@ -39,7 +39,8 @@ def test_fresh_models_are_a_function_of_the_seed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "low", "high"), [("nano", 0.15e6, 0.3e6), ("small", 1.7e6, 2.3e6), ("vision-nano", 3e4, 2e5)]
+    ("name", "low", "high"),
+    [("nano", 0.15e6, 0.3e6), ("small", 1.7e6, 2.3e6), ("encoder-nano", 0.1e6, 0.25e6), ("vision-nano", 3e4, 2e5)],
 )
 def test_sizes(tmp_path, name, low, high):
     from luthier.models.load import load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -9,17 +10,12 @@ import pytest
 import torch
 from fakes import FakeContext, FakeTokenizer, token_batch
 
-from helpers import tiny_llama
+from helpers import OpenAll, make_session, random_rows, settings, tiny_llama, weights
 from luthier.core.errors import LuthierError, UserError
-from luthier.methods.transforms.masked_thought import (
-    MaskedThought,
-    add_mask_token,
-    corrupt,
-    last_occurrence,
-    linear_rate,
-    mask_token_id,
-    strip_mask_token,
-)
+from luthier.engine.loop import Trainer
+from luthier.functional.input_corruption import corrupt, embedding_noise, last_occurrence, linear_rate
+from luthier.functional.mask_tokens import add_mask_token, mask_token_id, strip_mask_token
+from luthier.methods.transforms.masked_thought import MaskedThought
 
 ROWS = [([1, 10, 11, 12, 13, 14, 2], 3), ([1, 20, 21, 22, 2], 2)]
 CONSTANT = {"rate_schedule": "constant"}
@@ -304,3 +300,108 @@ def test_an_added_mask_token_starts_at_the_mean_and_can_be_stripped(tied):
     assert not model.generation_config.suppress_tokens
     with pytest.raises(LuthierError, match="not the last"):
         strip_mask_token(model, 5)
+
+
+def embedded(model, batch):
+    """What the model's first block is given."""
+    seen = []
+    handle = (
+        model.get_decoder()
+        .layers[0]
+        .register_forward_pre_hook(
+            lambda module, inputs, named: seen.append(inputs[0] if inputs else named["hidden_states"]), with_kwargs=True
+        )
+    )
+    model(**batch.inputs)
+    handle.remove()
+    return seen[0]
+
+
+def test_noise_on_embeddings_at_corrupted_tokens_alone():
+    model, batch = tiny_llama(vocabulary=64), token_batch(ROWS)
+    ctx = FakeContext(seed=3, epoch=2)
+    ctx.model = model
+    method = MaskedThought(rate_max=0.5, corruption="noise", noise_alpha=2.0, **CONSTANT)
+    method.prepare_model(model, ctx.processor)
+    method.prepare(ctx, range(10))  # watches once, not twice
+    after = method(batch, ctx)
+    assert_all_but_ids_equal(batch, after)
+    assert torch.equal(after.inputs["input_ids"], batch.inputs["input_ids"])
+    assert after.keys_B is None
+    table = model.get_input_embeddings().weight.detach()
+    expected = table[batch.inputs["input_ids"]].clone()
+    for row, place, length in ((0, [3, 4, 5, 6], 7), (1, [2, 3, 4], 5)):
+        generator = ctx.rng("noise", "masked-thought", 0, 2, row)
+        uniform = torch.rand(len(place), generator=generator)
+        noise = 2.0 / math.sqrt(length * 16) * (2 * torch.rand(len(place), 16, generator=generator) - 1)
+        for p, u, n in zip(place, uniform.tolist(), noise, strict=True):
+            if u < 0.5:
+                expected[row, p] += n
+    torch.testing.assert_close(embedded(model, after), expected)
+    assert not torch.equal(expected, table[batch.inputs["input_ids"]])
+    assert torch.equal(embedded(model, batch), table[batch.inputs["input_ids"]])  # other batches are left alone
+    method.finish_model(model, ctx.processor)
+    assert torch.equal(embedded(model, after), table[batch.inputs["input_ids"]])
+
+
+def test_embeddings_are_blended_with_those_of_random_tokens_and_both_learn():
+    model, batch = tiny_llama(vocabulary=64), token_batch(ROWS)
+    ctx = FakeContext()
+    ctx.model = model
+    method = MaskedThought(rate_max=0.9, corruption="blend", blend_share=0.3, **CONSTANT)
+    method.prepare(ctx, range(10))
+    random = MaskedThought(rate_max=0.9, corruption="random", **CONSTANT)(batch, ctx).inputs["input_ids"]
+    ids, table = batch.inputs["input_ids"], model.get_input_embeddings().weight
+    corrupted = random != ids  # the same draws, apart from tokens that were drawn as they are
+    expected = torch.where(corrupted[..., None], 0.7 * table[ids] + 0.3 * table[random], table[ids])
+    found = embedded(model, method(batch, ctx))
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    drawn = random[corrupted]
+    assert (table.grad[drawn] != 0).all()
+
+
+def test_a_reference_copied_from_the_model_sees_the_same_noise():
+    model = tiny_llama()
+    method = MaskedThought(rate_max=0.5, corruption="noise", **CONSTANT)
+    method.prepare_model(model, None)
+    copied = copy.deepcopy(model)
+    ctx = FakeContext()
+    ctx.model = model
+    after = method(token_batch(ROWS), ctx)
+    assert torch.equal(embedded(model, after), embedded(copied, after))
+
+
+def test_a_model_that_does_not_look_its_ids_up_is_told():
+    ctx = FakeContext()
+    ctx.model = tiny_llama()
+    method = MaskedThought(rate_max=0.5, corruption="noise", **CONSTANT)
+    method.prepare(ctx, range(10))
+    held = method(token_batch(ROWS), ctx)
+    assert held.keys_B is None
+    ctx.step = 1
+    with pytest.raises(LuthierError, match="has not reached the model"):
+        method(token_batch(ROWS), ctx)
+
+
+@pytest.mark.parametrize("corruption", ["noise", "blend"])
+def test_changed_embeddings_train_alike_under_accumulation_and_not_like_plain(corruption):
+    found = []
+    for accumulation, rate in ((1, 0.4), (4, 0.4), (1, 0.0)):
+        method = MaskedThought(rate_max=rate, corruption=corruption, noise_alpha=20.0, **CONSTANT)
+        session = make_session(tiny_llama(), transforms=[method], parameters=[OpenAll()])
+        options = {"optimizer": "sgd", "learning_rate": 0.1, "schedule": "constant", "epochs": 2}
+        Trainer(session, random_rows(24), settings(accumulation=accumulation, **options)).run()
+        found.append(weights(session.model))
+    for key, value in found[0].items():
+        torch.testing.assert_close(value, found[1][key], atol=2e-5, rtol=1e-3)
+    assert any(not torch.allclose(value, found[2][key], atol=1e-4) for key, value in found[0].items())
+
+
+def test_the_scale_of_the_noise():
+    noise = embedding_noise(200, 200, 50, 6.0, torch.Generator().manual_seed(0))
+    bound = 6.0 / math.sqrt(200 * 50)
+    assert float(noise.abs().max()) < bound
+    assert float(noise.abs().max()) > 0.99 * bound
+    # A uniform number in plus and minus a has variance a^2 / 3, so noise on a whole row has a norm of alpha / sqrt(3).
+    assert float(noise.norm()) == pytest.approx(6.0 / math.sqrt(3), rel=0.02)

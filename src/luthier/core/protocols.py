@@ -195,7 +195,7 @@ class Outputs(Protocol):
         """int64, which example of the batch."""
 
     def hidden(self, layer: int = -1) -> torch.Tensor:
-        """[N, H] hidden states at the supervised positions; -1 is the last layer (after the final norm)."""
+        """[N, H] hidden states at the supervised positions; -1 is what the output embedding takes."""
 
     def exit(self, layer: int) -> Outputs:
         """The outputs of the sub-model that ends after block ``layer`` (1 is the first): same final norm, same head.
@@ -328,6 +328,9 @@ class Hooks(Protocol):
 
     def prepare(self, ctx: Context, dataset: Any) -> None:
         """Before the first step, or before a resumed one loads :meth:`load`: look at the prepared training rows."""
+
+    def counts(self, batch: Batch, ctx: Context) -> dict[str, float]:
+        """What the loss divides by, of a micro-batch; ``ctx.totals`` has the sums over the whole step and all ranks."""
 
     def record(self) -> Any:
         """JSON to keep in the run's ``methods.json``: what was drawn, chosen or found."""

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from luthier.core.errors import UserError, did_you_mean
 from luthier.core.lazy import deferred
+from luthier.core.own_code import module_of
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -254,24 +255,10 @@ def get(axis: str, slug: str) -> Method:
 
 def _from_file(axis: str, reference: str) -> Method:
     file, _, name = reference.rpartition(":")
-    path = Path(file).expanduser().resolve()
-    if not path.is_file():
-        raise UserError(f"no file {file} (from '{reference}').")
-    module_name = f"luthier_user_{path.stem}_{abs(hash(str(path)))}"
-    if module_name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        assert spec
-        assert spec.loader
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[module_name]
-            raise UserError(f"could not import it: {type(error).__name__}: {error}", where=file) from error
-    target = getattr(sys.modules[module_name], name, None)
+    module = module_of(file)
+    target = getattr(module, name, None)
     if target is None:
-        raise UserError(f"defines no '{name}'.{did_you_mean(name, vars(sys.modules[module_name]))}", where=file)
+        raise UserError(f"defines no '{name}'.{did_you_mean(name, vars(module))}", where=file)
     registered = [m for m in _METHODS.values() if m.target is target and m.axis == axis]
     return registered[0] if registered else Method(axis=axis, slug=reference, target=target)
 

@@ -83,7 +83,9 @@ class BridgeTrainer(Trainer):
         session = self.session
         batch: Batch = session.to_device(inputs["batch"])
         session.step = self.state.global_step
-        session.totals = {"token": float(num_items_in_batch or batch.target_N.numel()), "sequence": batch.examples}
+        session.totals = session.stack.counts([batch], session)
+        if num_items_in_batch:
+            session.totals["token"] = float(num_items_in_batch)
         for transform in session.stack.transforms:
             batch = transform(batch, session)
         loss = session.loss(batch)

@@ -76,6 +76,11 @@ class Processes:
             fully_shard(module, mesh=mesh)
         return module
 
+    def shard_again(self, module: Any) -> None:
+        """After a forward pass without a backward pass: the root's weights are whole until then."""
+        if self.sharded:
+            module.reshard()
+
     def last_backward(self, module: Any, last: bool) -> AbstractContextManager[Any]:
         """Around one micro-batch's forward and backward: gradients cross processes only after the last one."""
         if self.sharding == "ddp" and not last:

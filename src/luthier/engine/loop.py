@@ -133,6 +133,7 @@ class Trainer:
         session.total_steps = self.total = self.order.steps(training.epochs, training.max_steps)
         session.total_epochs = self.order.locate(self.total - 1)[0] + 1
         session.stack.call("prepare", session, data)
+        session.processes.shard_again(session.module)
         self.optimizer = make_optimizer(session.model, session.stack, training)
         self._parameters = list(session.model.parameters())
         self._opened = [p.requires_grad for p in self._parameters]
@@ -201,16 +202,8 @@ class Trainer:
         session, training = self.session, self.training
         session.epoch, rows = self.order.rows(session.step)
         batches = list(self._micro_batches(rows))
-        counts = session.processes.sum(
-            [
-                float(sum(float(b.weight_N.sum()) for b in batches)),
-                float(sum(b.examples for b in batches if bool(b.weight_N.any()))),
-                float(
-                    sum(int(b.adjustable_BT.sum()) for b in batches if b.adjustable_BT is not None and b.weight_N.any())
-                ),
-            ]
-        )
-        session.totals = {"token": counts[0], "sequence": counts[1], "adjustable": counts[2]}
+        counts = session.stack.counts(batches, session)
+        session.totals = dict(zip(counts, session.processes.sum(list(counts.values())), strict=True))
         rate = training.learning_rate * schedule_factor(training.schedule, session.step, self.total, training.warmup)
         set_learning_rate(self.optimizer, rate)
         losses: list[Loss] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -117,6 +117,16 @@ class Stack:
         for method in self.named.values():
             if hasattr(method, hook):
                 getattr(method, hook)(*arguments)
+
+    def counts(self, batches: Sequence[Batch], ctx: Any) -> dict[str, float]:
+        """What losses are divided by, summed over micro-batches: tokens, examples, and what methods count."""
+        counters = [m.counts for m in self.named.values() if hasattr(m, "counts")]
+        found = {"token": 0.0, "sequence": 0.0}
+        for batch in batches:
+            own = [{"token": batch.weight_N.sum(), "sequence": batch.examples * bool(batch.weight_N.any())}]
+            for name, value in (pair for more in (*own, *(c(batch, ctx) for c in counters)) for pair in more.items()):
+                found[name] = found.get(name, 0.0) + float(value)
+        return found
 
     def state(self) -> dict[str, Any]:
         """The state of every method that has one."""

@@ -1,8 +1,8 @@
 """A small world generated from a seed: tasks with exact verifiers, and bases pretrained on it.
 
 A task is one file of this folder that defines ``task = Task(...)``; its file name is its name, so adding one edits no
-other file. ``lab:<task>`` names its rows wherever a recipe takes data, and ``lab:nano``, ``lab:small`` and
-``lab:vision-nano`` name the bases wherever it takes a model. Options follow a question mark::
+other file. ``lab:<task>`` names its rows wherever a recipe takes data, and ``lab:nano``, ``lab:small``,
+``lab:encoder-nano`` and ``lab:vision-nano`` name the bases wherever it takes a model. Options follow a question mark::
 
     lab:arithmetic?skill=add&difficulty=2
     lab:sentences?noise=0.25
@@ -32,7 +32,7 @@ __all__ = ["BASES", "Split", "Task", "base", "competence", "dataset", "names", "
 Split = Literal["train", "test"]
 Row = dict[str, Any]
 
-BASES = ("nano", "small", "vision-nano")
+BASES = ("nano", "small", "encoder-nano", "vision-nano")
 
 # Files of this folder that are not tasks.
 _SUPPORT = ("bases", "drawing", "tokenizer", "words")

@@ -65,7 +65,7 @@ class Making:
 
     task: str
     config: Mapping[str, Any]
-    data: str
+    data: str | tuple[str, ...]
     files: tuple[str, ...]
     training: Mapping[str, Any]
     probes: Mapping[str, Probe]
@@ -113,6 +113,18 @@ MAKINGS: dict[str, Making] = {
         probes=_probes(0.35, 0.97),
         about="2M parameters, some five minutes",
     ),
+    "encoder-nano": Making(
+        task="masked-lm",
+        config={"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128},
+        data=("lab:text?n=8000", "lab:sentences?n=4000"),
+        files=("tokenizer", "sentences", "text"),
+        training={"learning_rate": 2e-3, "batch_rows": 32, "warmup": 0.1, "epochs": 2, "threads": 1},
+        probes={
+            "stories of one sentence filled in": Probe("text", {"difficulty": "1"}, 0.4, 0.97),
+            "stories of three sentences filled in": Probe("text", {"difficulty": "3"}, 0.3, 0.97),
+        },
+        about="0.2M parameters, half a minute",
+    ),
     "vision-nano": Making(
         task="image-classification",
         config={"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96},
@@ -156,7 +168,7 @@ def base(name: str = "nano", *, refresh: bool = False, progress: bool = True) ->
     Several processes may ask at once: one makes it, the others wait.
 
     Args:
-        name: ``nano`` (about 0.2M parameters), ``small`` (about 2M) or ``vision-nano``.
+        name: ``nano`` (about 0.2M parameters), ``small`` (about 2M), ``encoder-nano`` or ``vision-nano``.
         refresh: make it again.
         progress: say on stderr what is being made.
 
@@ -216,7 +228,7 @@ def fresh(name: str, target: Path, seed: int) -> None:
     making = _making(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "init", name))
-        model, processor = (_untrained_text if making.task == "causal-lm" else _untrained_vision)(making)
+        model, processor = _UNTRAINED[making.task](making)
     save(model, processor, target)
 
 
@@ -263,6 +275,30 @@ def _untrained_vision(making: Making) -> tuple[Any, Any]:
     return ViTForImageClassification(config), processor
 
 
+def _untrained_encoder(making: Making) -> tuple[Any, Any]:
+    from transformers import BertConfig, BertForMaskedLM
+
+    from luthier.lab.tokenizer import tokenizer
+
+    words = tokenizer()
+    config = BertConfig(
+        vocab_size=len(words),
+        max_position_embeddings=words.model_max_length,
+        initializer_range=0.04,
+        type_vocab_size=1,
+        pad_token_id=words.pad_token_id,
+        **making.config,
+    )
+    return BertForMaskedLM(config), words
+
+
+_UNTRAINED = {
+    "causal-lm": _untrained_text,
+    "masked-lm": _untrained_encoder,
+    "image-classification": _untrained_vision,
+}
+
+
 def make(name: str, target: Path) -> None:
     """Train a base through the engine into an empty folder, with the first seed that meets the windows.
 
@@ -293,7 +329,7 @@ def _train(name: str, scratch: Path, seed: int) -> Path:
     fresh(name, scratch / "fresh", seed)
     recipe = {
         "model": {"id": str(scratch / "fresh"), "task": making.task},
-        "data": {"train": making.data, "keep": "none"},
+        "data": {"train": making.data if isinstance(making.data, str) else list(making.data), "keep": "none"},
         "training": {"precision": "fp32", "log_steps": 50, **making.training},
         "evaluation": {"before": False, "generate": False, "calibration": False},
         "output": str(scratch / "run"),
@@ -303,11 +339,14 @@ def _train(name: str, scratch: Path, seed: int) -> Path:
 
 
 def measure(name: str, model: Path) -> dict[str, Any]:
-    """The competence of a model folder on a base's probes: greedy answers (or the likeliest class) on test rows."""
+    """The competence of a model folder on a base's probes over test rows.
+
+    What is judged: greedy answers, the likeliest class, or a text some of whose tokens were hidden, filled in again.
+    """
     making = _making(name)
     rows = {key: lab.dataset(p.task, split="test", n=p.n, **p.options) for key, p in making.probes.items()}
     asked = [row for some in rows.values() for row in some]
-    answers = iter(_generated(model, asked) if making.task == "causal-lm" else _classified(model, asked))
+    answers = iter(_ANSWERS[making.task](model, asked))
     found = {}
     for key, probe in making.probes.items():
         right = [lab.verify(probe.task, row, next(answers)) for row in rows[key]]
@@ -334,6 +373,26 @@ def _classified(model: Path, rows: list[lab.Row]) -> list[str]:
     with torch.no_grad():
         logits_BV = loaded.model.eval()(**batch.inputs).logits
     return [names[i] for i in logits_BV.argmax(-1).tolist()]
+
+
+def _filled(model: Path, rows: list[lab.Row]) -> list[str]:
+    import torch
+
+    from luthier.functional.replaced_tokens import put
+    from luthier.models.load import load
+    from luthier.tasks import get_task
+
+    loaded = load(model, task="masked-lm")
+    ids = [loaded.processor(row["text"], return_tensors="np")["input_ids"][0] for row in rows]
+    batch = get_task("masked-lm", loaded.processor).collate({"input_ids": ids}, range(len(rows)))
+    with torch.no_grad():
+        best_BT = loaded.model.eval()(**batch.inputs).logits.argmax(-1)
+    filled_BT = put(batch.inputs["input_ids"], batch.position_N, best_BT.view(-1)[batch.position_N])
+    written: list[str] = loaded.processor.batch_decode(filled_BT, skip_special_tokens=True)
+    return written
+
+
+_ANSWERS = {"causal-lm": _generated, "masked-lm": _filled, "image-classification": _classified}
 
 
 if __name__ == "__main__":

@@ -264,7 +264,10 @@ def _task(recipe: Recipe) -> str:
     if recipe.model.task != "auto":
         return recipe.model.task
     if recipe.model.id.startswith("lab:"):
-        return "image-classification" if "vision" in recipe.model.id else "causal-lm"
+        from luthier.lab.bases import MAKINGS
+
+        making = MAKINGS.get(recipe.model.id.removeprefix("lab:"))
+        return making.task if making is not None else "auto"
     if not Path(recipe.model.id).expanduser().is_dir():
         return "auto"
     from luthier.models.info import inspect

@@ -21,6 +21,7 @@ from rich.console import Console
 from luthier.core import registry
 from luthier.core.errors import UserError
 from luthier.core.protocols import Artefact, Completion
+from luthier.core.registry import TOKEN_TASKS
 from luthier.core.store import write_atomic, write_json
 from luthier.data.prepare import prepare
 from luthier.engine.distributed import Processes
@@ -179,7 +180,7 @@ class Workshop:
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         session = self.session(model, stack, seed=seed)
-        if self.plan.task == "causal-lm" and not self.processes.sharded:
+        if self.plan.task in TOKEN_TASKS and not self.processes.sharded:
             verify_head(session)
         watched, rows = self.data.select or self.data.test, self.plan.recipe.evaluation.batch_rows
         evaluate: Callable[[], dict[str, float]] | None = None

@@ -17,7 +17,8 @@ TOLERANCE_FP32, TOLERANCE_BF16 = 1e-3, 0.1
 def verify_head(session: Session) -> float:
     """Largest difference between the head's log-probabilities and those of the model's own forward pass, in nats.
 
-    An architecture that does something unknown after its output embedding is refused here, before training.
+    An architecture that does something unknown after its output embedding is refused here, before training. Of a masked
+    language model every token is predicted where it stands, of a causal one where the token before it stands.
 
     Raises:
         UserError: the difference exceeds the tolerance of the precision.
@@ -27,11 +28,12 @@ def verify_head(session: Session) -> float:
     rows, tokens = PROBE_ROWS, PROBE_TOKENS
     ids_BT = (torch.arange(rows * tokens, device=session.device).reshape(rows, tokens) * 7919) % vocabulary
     inputs = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
-    example_N = torch.arange(rows, device=session.device).repeat_interleave(tokens - 1)
-    token_N = torch.arange(1, tokens, device=session.device).repeat(rows)
+    back = 0 if session.task.name == "masked-lm" else 1
+    example_N = torch.arange(rows, device=session.device).repeat_interleave(tokens - back)
+    token_N = torch.arange(back, tokens, device=session.device).repeat(rows)
     batch = Batch(
         inputs=inputs,
-        position_N=example_N * tokens + token_N - 1,
+        position_N=example_N * tokens + token_N - back,
         target_N=ids_BT[example_N, token_N],
         weight_N=torch.ones(len(token_N), device=session.device),
         sequence_N=example_N,
@@ -41,11 +43,12 @@ def verify_head(session: Session) -> float:
     model.eval()
     try:
         with session.autocast():
-            logits_BTV = model(**inputs, use_cache=False).logits.float()
+            logits_BTV = model(**inputs, **({"use_cache": False} if back else {})).logits.float()
         own_N = session.forward(batch, grad=False).logp_N
     finally:
         model.train(was_training)
-    wanted_N = logits_BTV[:, :-1].log_softmax(-1).gather(-1, ids_BT[:, 1:, None]).reshape(-1)
+    predicting_BTV = logits_BTV[:, : tokens - back].log_softmax(-1)
+    wanted_N = predicting_BTV.gather(-1, ids_BT[:, back:, None]).reshape(-1)
     worst = float((own_N - wanted_N).abs().max())
     low = session.precision == "bf16" or next(base.parameters()).dtype != torch.float32
     if not worst <= (TOLERANCE_BF16 if low else TOLERANCE_FP32):

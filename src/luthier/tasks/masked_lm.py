@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ class MaskedLM:
         if self.mask_id is None:
             raise UserError("the tokenizer has no mask token, so it belongs to no model of the task masked-lm.")
         self.special = torch.tensor(sorted(processor.all_special_ids), dtype=torch.long)
+        self._ends: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
     def collate(self, rows: Mapping[str, Sequence[Any]], index_B: Any, columns: Sequence[str] = ()) -> Batch:
         """Rows of ``input_ids``; which tokens are hidden is a function of the row's content."""
@@ -82,9 +84,14 @@ class MaskedLM:
         return made
 
     def encode(self, model: torch.nn.Module, batch: Batch, *, hidden: bool = False) -> Encoded:
-        """Backbone over all tokens; its head over the supervised positions, up to the output embedding."""
+        """Backbone over all tokens; its head over the supervised positions, up to the output embedding.
+
+        Of an architecture that does more after its output embedding the finished logits are taken.
+        """
         base = underlying(model)
         layer = base.get_output_embeddings()
+        if base not in self._ends:
+            self._ends[base] = ends_at(base, layer, {k: v[:1, :2] for k, v in batch.inputs.items()})
         last: list[torch.Tensor] = []
         entering: list[torch.Tensor] = []
 
@@ -101,7 +108,7 @@ class MaskedLM:
             return (args[0][:, :0],)  # the logits are formed by the head
 
         hooks = [base.base_model.register_forward_hook(after_body)]
-        if isinstance(layer, torch.nn.Linear):
+        if self._ends[base]:
             hooks.append(layer.register_forward_pre_hook(before_output))
         try:
             out = model(**batch.inputs, output_hidden_states=hidden)
@@ -112,8 +119,32 @@ class MaskedLM:
         def at(index: int) -> torch.Tensor:
             return last[0] if index == -1 else at_positions(out.hidden_states[index])
 
-        if not entering:  # an architecture whose output embedding is no module of its own
-            return Encoded(logits_NV=out.logits[0], layers=at if hidden else None)
-        return Encoded(
-            hidden_NH=entering[0][0], weight_VH=layer.weight, bias_V=layer.bias, layers=at if hidden else None
-        )
+        layers = at if hidden else None
+        if not entering:
+            return Encoded(logits_NV=out.logits[0], layers=layers)
+        return Encoded(hidden_NH=entering[0][0], weight_VH=layer.weight, bias_V=layer.bias, layers=layers)
+
+
+@torch.no_grad()
+def ends_at(base: Any, layer: Any, inputs: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a model's logits are what its output embedding gives and nothing is done to them afterwards.
+
+    Asked of the model itself in one pass over a few tokens: the logits must be the very tensor that left the layer.
+
+    Args:
+        base: a transformers model.
+        layer: its output embedding; anything but a plain linear layer is no end.
+        inputs: what to ask it with.
+    """
+    if type(layer) is not torch.nn.Linear:
+        return False
+    given: list[torch.Tensor] = []
+    hook = layer.register_forward_hook(lambda module, args, out: given.append(out))
+    was_training = base.training
+    base.eval()  # no dropout is drawn, so the pass leaves the random numbers of training as they are
+    try:
+        logits_BTV = base(**inputs).logits
+    finally:
+        hook.remove()
+        base.train(was_training)
+    return len(given) == 1 and logits_BTV is given[0]

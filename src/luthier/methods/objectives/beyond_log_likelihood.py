@@ -24,12 +24,9 @@ Example::
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -37,6 +34,7 @@ import torch
 from pydantic import Field
 
 from luthier.core.errors import LuthierError, UserError
+from luthier.core.own_code import function_of
 from luthier.core.protocols import Batch, Context, Loss, Needs, Outputs
 from luthier.core.registry import objective
 from luthier.functional.continuum import STRONG_FROM, WEAK_UP_TO, Continuum, diagnose
@@ -109,7 +107,7 @@ class BeyondLogLikelihood:
         if custom is not None:
             if alpha is not None or q is not None:
                 raise UserError("beyond-log-likelihood: a custom f has no alpha and no q; remove them.")
-            self.custom = checked(load_function(custom), custom)
+            self.custom = checked(function_of(custom, "custom"), custom)
         elif not auto:
             try:
                 self.member = parse(objective, alpha=alpha, q=q)
@@ -228,34 +226,6 @@ def choose(scores: Iterable[Any], *, strong_from: float, weak_up_to: float) -> C
     if logp_N.size == 0:
         raise UserError("beyond-log-likelihood: auto found no supervised token in the training rows.")
     return diagnose(logp_N, strong_from=strong_from, weak_up_to=weak_up_to)
-
-
-def load_function(reference: str) -> TokenFunction:
-    """The function named ``path/to/file.py:name`` or ``package.module:name``.
-
-    Raises:
-        UserError: there is no such file, module or name.
-    """
-    place, _, name = reference.rpartition(":")
-    if not place or not name:
-        raise UserError(f"custom: '{reference}' must be path/to/file.py:name or module:name.")
-    if place.endswith(".py"):
-        path = Path(place).expanduser()
-        if not path.is_file():
-            raise UserError(f"custom: no file {place} (from '{reference}').")
-        spec = importlib.util.spec_from_file_location(f"luthier_custom_{path.stem}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        if importlib.util.find_spec(place) is None:
-            raise UserError(f"custom: no module '{place}' (from '{reference}').")
-        module = importlib.import_module(place)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"custom: {place} defines no function '{name}'.")
-    return function
 
 
 def checked(function: TokenFunction, name: str) -> TokenFunction:

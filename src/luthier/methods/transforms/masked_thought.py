@@ -6,9 +6,14 @@
 Unable to lean on the nearest words, the model looks back to the question and to earlier steps. ``r`` grows linearly
 over the first ``rate_warmup`` of the steps: r(step) = min(rate_max, rate_max * step / (total * rate_warmup + 1)).
 The corruption token is a mask token (``mask``), a uniformly random ordinary token (``random``), a mix of both, or the
-model's own prediction (``predict``). Masking the question (``where: source``) is known to hurt and is there for
-comparison. Special tokens other than the end of sequence are never corrupted. Padding is known by the attention mask,
-never by an id, so the pad token may serve as the mask token. Noise is a pure function of (seed, epoch, row).
+model's own prediction (``predict``). For comparison the tokens may stay and their embeddings e [H] change::
+
+    noise    e + U(-1, 1) * noise_alpha / sqrt(L H)          L tokens of the row, as NEFTune scales it
+    blend    (1 - blend_share) e + blend_share e(v)          v a random ordinary token
+
+Masking the question (``where: source``) is known to hurt and is there for comparison too. Special tokens other than the
+end of sequence are never corrupted. Padding is known by the attention mask, never by an id, so the pad token may serve
+as the mask token. Noise is a pure function of (seed, epoch, row).
 
 Paper: "Masked Thought: Simply Masking Partial Reasoning Steps Can Improve Mathematical Reasoning Learning of Language
 Models", 2024, arXiv 2403.02178 (ACL 2024). Official repository: ChangyuChen347/MaskedThought. Its collator form of the
@@ -23,7 +28,6 @@ Example::
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -33,35 +37,19 @@ from pydantic import Field
 from luthier.core.errors import LuthierError, UserError
 from luthier.core.protocols import Batch, Context, Needs
 from luthier.core.registry import transform
+from luthier.functional.input_corruption import (
+    EmbeddingChanges,
+    corrupt,
+    embedding_noise,
+    last_occurrence,
+    linear_rate,
+)
+from luthier.functional.mask_tokens import add_mask_token, mask_token_id, strip_mask_token
 
-ADDED_TOKEN = "<mask>"
 # The paper's larger rate is for small datasets, where the same solutions are seen many times.
 SMALL_DATASET, RATE_SMALL, RATE_LARGE = 20_000, 0.4, 0.2
-
-
-def linear_rate(step: int, total_steps: int, rate_max: float, warmup: float) -> float:
-    """Corruption rate of a step, warmed up over ``warmup`` (a fraction) of all steps."""
-    return min(rate_max, rate_max * step / (total_steps * warmup + 1))
-
-
-def corrupt(
-    ids_BT: torch.Tensor,
-    candidates_BT: torch.Tensor,
-    uniform_BT: torch.Tensor,
-    rate: float,
-    replacement_BT: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """New token ids [B, T], replaced where a candidate's number is below ``rate``, and where that was (bool)."""
-    corrupted_BT = candidates_BT & (uniform_BT < rate)
-    return torch.where(corrupted_BT, replacement_BT, ids_BT), corrupted_BT
-
-
-def last_occurrence(ids: Sequence[int], patterns: Sequence[Sequence[int]]) -> int:
-    """Start of the last occurrence of any of the patterns in a row of ids; its length where there is none."""
-    for start in range(len(ids) - 1, -1, -1):
-        if any(pattern and list(ids[start : start + len(pattern)]) == list(pattern) for pattern in patterns):
-            return start
-    return len(ids)
+# Kinds that leave the ids as they are.
+ON_EMBEDDINGS = ("noise", "blend")
 
 
 @transform(
@@ -92,10 +80,17 @@ class MaskedThought:
             int | None, Field(ge=1, description="grow over this many examples (all processes) instead")
         ] = None,
         corruption: Annotated[
-            Literal["mask", "random", "mix", "predict"],
-            Field(description="a mask token, random tokens, a mix, or the model's own prediction"),
+            Literal["mask", "random", "mix", "predict", "noise", "blend"],
+            Field(
+                description="a mask token, random tokens, a mix, the model's own prediction; or changed embeddings: "
+                "noise on them, or a blend with a random token's"
+            ),
         ] = "mask",
         mix_rho: Annotated[float, Field(ge=0, le=1, description="corruption: mix, share of random tokens")] = 0.5,
+        noise_alpha: Annotated[float, Field(gt=0, description="corruption: noise, its scale, as in NEFTune")] = 5.0,
+        blend_share: Annotated[
+            float, Field(ge=0, le=1, description="corruption: blend, share of the random token's embedding")
+        ] = 0.3,
         mask_token: Annotated[
             str,
             Field(description="auto (the tokenizer's mask token, else its pad token), add, pad, or an existing token"),
@@ -118,6 +113,7 @@ class MaskedThought:
     ) -> None:
         self.rate_max, self.rate_schedule, self.rate_warmup = rate_max, rate_schedule, rate_warmup
         self.rate_warmup_examples, self.corruption, self.mix_rho = rate_warmup_examples, corruption, mix_rho
+        self.noise_alpha, self.blend_share = noise_alpha, blend_share
         self.mask_token, self.where, self.answer_marker = mask_token, where, answer_marker
         self.drop_attention, self.exclude_ids, self.seed = drop_attention, list(exclude_ids or []), seed
         self.strip_mask_token = strip_mask_token
@@ -126,6 +122,8 @@ class MaskedThought:
         self._mask_id: int | None = None
         self._allowed: torch.Tensor | None = None
         self._markers: list[list[int]] | None = None
+        self._embeddings = EmbeddingChanges()
+        self._changed_step: int | None = None
         # Examples of all processes before the current step, and including it so far.
         self._step, self._before, self._seen = -1, 0, 0
 
@@ -137,13 +135,20 @@ class MaskedThought:
     # -- hooks of the engine
 
     def prepare(self, ctx: Context, dataset: Any) -> None:
-        """Choose the rate by the number of training rows, where the recipe names none."""
+        """Choose the rate by the number of training rows, where the recipe names none; watch the embeddings."""
+        if self.corruption in ON_EMBEDDINGS and not self._embeddings.watching:
+            self._embeddings.watch(ctx.model.get_input_embeddings())
         if self.rate_max is None:
             self.rate_max = RATE_SMALL if len(dataset) < SMALL_DATASET else RATE_LARGE
             ctx.log(masked_thought_rate_max=self.rate_max)
 
     def prepare_model(self, model: Any, processor: Any) -> None:
-        """With ``mask_token: add``: put the token into the vocabulary before parameters are chosen."""
+        """With ``mask_token: add``: put the token into the vocabulary before parameters are chosen.
+
+        Embeddings that are to change are watched from here on, so that a reference copied from the model sees the same.
+        """
+        if self.corruption in ON_EMBEDDINGS:
+            self._embeddings.watch(model.get_input_embeddings())
         if self.mask_token == "add":
             before = copy.deepcopy(processor)
             if add_mask_token(model, processor) >= len(before):
@@ -151,6 +156,7 @@ class MaskedThought:
 
     def finish_model(self, model: Any, processor: Any) -> None:
         """Take an added mask token out of tokenizer and embeddings again, unless it is to stay."""
+        self._embeddings.close()
         if self._plain is not None and self.strip_mask_token:
             strip_mask_token(model, mask_token_id(processor, "add"))
             # Tokenizers cannot forget a token, so the one in use becomes what it was.
@@ -168,8 +174,11 @@ class MaskedThought:
             raise UserError("masked-thought corrupts tokens, and this task's batches have none. Remove it.")
         ids_BT = batch.inputs["input_ids"]
         candidates_BT = self._candidates(batch, ctx)
-        uniform_BT, replacement_BT = self._draw(batch, candidates_BT, ctx)
+        uniform_BT, replacement_BT, noise_BTH = self._draw(batch, candidates_BT, ctx)
         new_BT, corrupted_BT = corrupt(ids_BT, candidates_BT, uniform_BT, rate, replacement_BT)
+        if self.corruption in ON_EMBEDDINGS:
+            new_BT = ids_BT.clone()
+            self._change_embeddings(new_BT, corrupted_BT, replacement_BT, noise_BTH, ctx)
         inputs = {"input_ids": new_BT}
         if self.drop_attention:
             mask_BT = batch.inputs.get("attention_mask")
@@ -249,8 +258,41 @@ class MaskedThought:
             chosen_BT = chosen_BT & ~torch.isin(ids_BT, torch.tensor(self.exclude_ids, device=ids_BT.device))
         return chosen_BT
 
-    def _draw(self, batch: Batch, candidates_BT: torch.Tensor, ctx: Context) -> tuple[torch.Tensor, torch.Tensor]:
-        """Uniform numbers and replacement ids [B, T], drawn per row over its candidates alone, whatever the padding."""
+    def _change_embeddings(
+        self,
+        ids_BT: torch.Tensor,
+        corrupted_BT: torch.Tensor,
+        other_BT: torch.Tensor,
+        noise_BTH: torch.Tensor | None,
+        ctx: Context,
+    ) -> None:
+        """Let the models' embeddings of these ids be noisy or blended where they are corrupted."""
+        if ctx.step != self._changed_step:
+            if self._embeddings.unused:
+                raise LuthierError(
+                    f"masked-thought: corruption: {self.corruption} has not reached the model: it does not look up its "
+                    "input embedding with the ids of the batch. Use corruption: mask or random."
+                )
+            self._changed_step = ctx.step
+        here_BT1, share = corrupted_BT.unsqueeze(-1), self.blend_share
+
+        def noisy(embedded_BTH: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+            assert noise_BTH is not None
+            return embedded_BTH + torch.where(here_BT1, noise_BTH, 0.0).to(embedded_BTH)
+
+        def blended(embedded_BTH: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+            mixed_BTH = (1 - share) * embedded_BTH + share * layer(other_BT)
+            return torch.where(here_BT1, mixed_BTH, embedded_BTH)
+
+        self._embeddings.of(ids_BT, noisy if self.corruption == "noise" else blended)
+
+    def _draw(
+        self, batch: Batch, candidates_BT: torch.Tensor, ctx: Context
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Uniform numbers and replacement ids [B, T], and noise [B, T, H] where embeddings get it.
+
+        All are drawn per row over its candidates alone, whatever the padding.
+        """
         ids_BT = batch.inputs["input_ids"]
         uniform_BT = torch.ones(ids_BT.shape)
         replacement_BT = ids_BT.clone()
@@ -258,9 +300,13 @@ class MaskedThought:
             # The prediction for target n belongs to the input place just behind its hidden row.
             guess_N = ctx.forward(batch, grad=False).top1_N
             replacement_BT.view(-1)[batch.position_N + 1] = guess_N.to(ids_BT)
-        elif self.corruption != "random":
+        elif self.corruption in ("mask", "mix"):
             replacement_BT.fill_(self._mask(ctx))
-        drawn = {"random": 1.0, "mix": self.mix_rho}.get(self.corruption, 0.0)
+        noise_BTH: torch.Tensor | None = None
+        if self.corruption == "noise":
+            width = int(ctx.model.get_input_embeddings().weight.shape[1])
+            noise_BTH = torch.zeros(*ids_BT.shape, width)
+        drawn = {"random": 1.0, "blend": 1.0, "mix": self.mix_rho}.get(self.corruption, 0.0)
         for b, row in enumerate(batch.row_B.tolist()):
             place_n = candidates_BT[b].nonzero().squeeze(1)
             generator = ctx.rng("noise", "masked-thought", self.seed, ctx.epoch, row)
@@ -271,7 +317,14 @@ class MaskedThought:
                 chosen_n = torch.rand(place_n.numel(), generator=generator) < drawn
                 id_n = allowed[index_n].to(ids_BT.device)
                 replacement_BT[b, place_n] = torch.where(chosen_n.to(ids_BT.device), id_n, replacement_BT[b, place_n])
-        return uniform_BT.to(ids_BT.device), replacement_BT
+            if noise_BTH is not None:
+                length = int(batch.inputs["attention_mask"][b].sum())
+                noise_BTH[b, place_n.cpu()] = embedding_noise(
+                    place_n.numel(), length, width, self.noise_alpha, generator
+                )
+        if noise_BTH is not None:
+            noise_BTH = noise_BTH.to(ids_BT.device)
+        return uniform_BT.to(ids_BT.device), replacement_BT, noise_BTH
 
     def _vocabulary(self, ctx: Context) -> torch.Tensor:
         """Ids that may be drawn: every ordinary token."""
@@ -286,68 +339,3 @@ class MaskedThought:
         if self._mask_id is None:
             self._mask_id = mask_token_id(ctx.processor, self.mask_token)
         return self._mask_id
-
-
-def mask_token_id(tokenizer: Any, choice: str) -> int:
-    """The id of the corruption token.
-
-    Raises:
-        UserError: the tokenizer has no such token.
-    """
-    pad, mask = tokenizer.pad_token_id, getattr(tokenizer, "mask_token_id", None)
-    if choice in ("auto", "pad"):
-        found = mask if choice == "auto" and mask is not None else pad
-        if found is None:
-            raise UserError(
-                "masked-thought: the tokenizer has neither a mask nor a pad token. Set mask_token to one of its tokens "
-                "or to 'add', or use corruption: random."
-            )
-        return int(found)
-    token = ADDED_TOKEN if choice == "add" else choice
-    vocabulary = tokenizer.get_vocab()
-    if token not in vocabulary:
-        raise UserError(
-            f"masked-thought: the tokenizer has no token '{token}'. Set mask_token to 'pad', to 'add' or to one of its "
-            "tokens, or use corruption: random."
-        )
-    return int(vocabulary[token])
-
-
-def add_mask_token(model: Any, tokenizer: Any) -> int:
-    """Add ``<mask>`` to tokenizer and embeddings and keep it out of what the model writes; returns its id.
-
-    The new rows of the input and the output embedding are the means of the old ones.
-    """
-    old = len(tokenizer)
-    if ADDED_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"mask_token": ADDED_TOKEN})
-    token_id = int(tokenizer.get_vocab()[ADDED_TOKEN])
-    if token_id < old:
-        return token_id
-    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-    means = [None if layer is None else layer.weight.detach()[:old].mean(dim=0) for layer in layers]
-    # Some checkpoints have spare rows, and then the new id needs no resizing.
-    if token_id >= layers[0].weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    with torch.no_grad():
-        for layer, mean in zip([model.get_input_embeddings(), model.get_output_embeddings()], means, strict=True):
-            if mean is not None:
-                layer.weight[token_id] = mean
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.suppress_tokens = [*(model.generation_config.suppress_tokens or []), token_id]
-    return token_id
-
-
-def strip_mask_token(model: Any, token_id: int) -> None:
-    """Take the last row, that of the added mask token, out of the embeddings again.
-
-    Raises:
-        LuthierError: other tokens stand behind it.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]
-    if token_id != rows - 1:
-        raise LuthierError(f"masked-thought: the mask token {token_id} is not the last of {rows} rows; it stays.")
-    model.resize_token_embeddings(token_id)
-    settings = getattr(model, "generation_config", None)
-    if settings is not None and settings.suppress_tokens:
-        settings.suppress_tokens = [i for i in settings.suppress_tokens if i != token_id] or None

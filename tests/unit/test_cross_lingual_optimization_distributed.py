@@ -1,0 +1,92 @@
+"""Two gloo processes take the steps of one: both directions are means over the whole step."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from discriminative_rows import PairRows, pair_session, random_pairs
+from safetensors.torch import load_file, save_file
+
+from helpers import settings, weights
+from luthier.engine.distributed import Processes
+from luthier.engine.loop import Trainer
+from luthier.methods.objectives.cross_lingual_optimization import CrossLingualOptimization
+
+# 19 rows leave one process without a row in an epoch's last step.
+SGD = {"optimizer": "sgd", "learning_rate": 0.2, "schedule": "constant", "max_grad_norm": 1.0}
+TRAINING = {**SGD, "epochs": 2, "batch_rows": 6}
+ROWS = 19
+
+
+def paired():
+    """Random pairs, with random texts in the place of their English."""
+    both = zip(random_pairs(ROWS).pairs, random_pairs(ROWS, seed=1).pairs, strict=True)
+    texts = ("prompt", "completion")
+    return PairRows(
+        [
+            {**{n: own[n] for n in texts}, "other_answer": other["completion"], "english_prompt": other["prompt"]}
+            for own, other in both
+        ]
+    )
+
+
+def train(processes):
+    session = pair_session(CrossLingualOptimization(beta=0.5), processes=processes)
+    Trainer(session, paired(), settings(**TRAINING)).run()
+    return session
+
+
+def main(folder, sharding):
+    torch.set_num_threads(1)
+    processes = Processes(sharding, device="cpu")
+    session = train(processes)
+    found = {n: processes.whole(p.detach()).contiguous() for n, p in session.model.named_parameters()}
+    save_file(found, folder / f"rank-{processes.rank}.safetensors")
+    processes.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def launch(folder, sharding):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    here = Path(__file__)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    shared |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join([str(here.parents[1]), *sys.path])}
+    job = json.dumps([str(folder), sharding])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(here), job],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_two_processes_give_the_trajectory_of_one(sharding, tmp_path):
+    alone = train(Processes(device="cpu"))
+    launch(tmp_path, sharding)
+    for rank in range(2):
+        found = load_file(tmp_path / f"rank-{rank}.safetensors")
+        for name, value in weights(alone.model).items():
+            torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-3)
+
+
+if __name__ == "__main__":
+    place, chosen = json.loads(sys.argv[1])
+    main(Path(place), chosen)
