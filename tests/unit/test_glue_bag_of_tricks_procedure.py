@@ -19,6 +19,7 @@ from luthier.data.read import read
 from luthier.engine import loop
 from luthier.lab.tokenizer import tokenizer
 from luthier.methods.procedures.glue_bag_of_tricks import RECORD, SLUG, calibrate, glue_bag_of_tricks
+from luthier.runs.api import plan_of
 
 LABELS = ("negative", "positive")
 
@@ -227,9 +228,8 @@ def test_what_cannot_work_is_refused(tmp_path):
     shop.data.test = None
     with pytest.raises(UserError, match=r"learns from the inputs of data\.test; name some"):
         glue_bag_of_tricks(shop, transductive=True)
-    shop.plan.objective = [SimpleNamespace(slug="sft")]
-    with pytest.raises(UserError, match="needs the objective of the same name"):
-        glue_bag_of_tricks(shop)
+    with pytest.raises(UserError, match="procedure: 'glue-bag-of-tricks' needs the objective 'glue-bag-of-tricks'"):
+        plan_of(model="lab:encoder-nano", data={"train": "lab:sentences"}, procedure="glue-bag-of-tricks")
     shop = Shop(tmp_path, constant(P), [{"text": "a", "label": "negative", "glue_weight": 1.0}])
     with pytest.raises(UserError, match="row 1: the row has a column 'glue_weight' already"):
         glue_bag_of_tricks(shop, self_calibrated=True)

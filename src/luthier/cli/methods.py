@@ -50,6 +50,7 @@ def _detail(method: Method) -> dict[str, Any]:
         "options": _options(method),
         "schema": method.options.model_json_schema(),
         "conflicts": dict(method.conflicts),
+        "requires": dict(method.requires),
         "tasks": list(method.tasks or (needs.tasks if needs else ())),
         "needs": vars(needs) if needs else {},
         "identity": None if method.identity is None else dict(method.identity),
@@ -110,6 +111,8 @@ def _show(out: Any, chosen: list[Method], details: list[dict[str, Any]]) -> None
             out.print(f"\n[bold]tasks[/bold]  {', '.join(about['tasks'])}", soft_wrap=True)
         for fact, reason in about["conflicts"].items():
             out.print(f"\n[bold]not with[/bold] {escape(fact)}: {escape(reason)}", soft_wrap=True)
+        for fact, reason in about["requires"].items():
+            out.print(f"\n[bold]only with[/bold] {escape(fact)}: {escape(reason)}", soft_wrap=True)
         if about["identity"] is not None and about["options"]:
             text = ", ".join(f"{k}: {literal(v)}" for k, v in about["identity"].items()) or "its defaults"
             out.print(f"\n[bold]equals plain sft[/bold] at {{{escape(text)}}}", soft_wrap=True)

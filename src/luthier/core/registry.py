@@ -63,6 +63,7 @@ class Method:
         example: options for the contract suite, small enough for a tiny model.
         conflicts: fact about the recipe -> reason. Facts are ``<axis>:<slug>``, ``task:<name>``,
             ``gradient_checkpointing``, ``processes``, ``precision:bf16`` and the like.
+        requires: fact about the recipe -> reason; without the fact it is refused.
         tasks: tasks for which it is defined; empty means all.
         paper: title, year and arXiv number, for lists and pages.
     """
@@ -73,6 +74,7 @@ class Method:
     identity: Mapping[str, Any] | None = None
     example: Mapping[str, Any] = field(default_factory=dict)
     conflicts: Mapping[str, str] = field(default_factory=dict)
+    requires: Mapping[str, str] = field(default_factory=dict)
     tasks: tuple[str, ...] = ()
     paper: str = ""
 

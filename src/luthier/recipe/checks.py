@@ -30,6 +30,14 @@ def conflicts(made: Plan) -> None:
         for fact, reason in choice.method.conflicts.items():
             if fact in made.facts and fact != own:
                 _refuse(made, choice, fact, reason)
+        for fact, reason in choice.method.requires.items():
+            if fact not in made.facts:
+                axis, _, name = fact.partition(":")
+                raise UserError(
+                    f"{choice.key}: '{choice.slug}' needs the {axis} '{name}': {reason.rstrip('.')}. Add it, or "
+                    f"remove '{choice.slug}'.",
+                    where=choice.place,
+                )
 
 
 def _refuse(made: Plan, choice: Choice, fact: str, reason: str) -> None:

@@ -188,7 +188,7 @@ class Workshop:
             evaluate = lambda: quick_loss(session, watched.prepared, rows)  # noqa: E731
         rows_read = source.prepared.only((*session.task.reads, *stack.needs.columns))
         trainer = Trainer(session, rows_read, training, folder=folder, evaluate=evaluate, watch=from_base)
-        tracked = bool(training.trackers)
+        tracked = bool(training.trackers) and stage is None
         if tracked:
             self.processes.accelerator.init_trackers(self.folder.name)
         with TrainProgress(trainer.total, quiet=self.quiet or not self.processes.main) as progress:
