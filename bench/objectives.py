@@ -37,10 +37,10 @@ from throughput import spread
 
 SIZE = "11M"
 # (steps of a turn, rounds) in full and with --quick.
-ROUNDS = ((8, 5), (3, 2))
+ROUNDS = ((6, 4), (3, 2))
 MEMORY_AIM = 1.3
-# The axis of each section of a recipe; stages stand under data.
-AXES = {"objective": "objective", "transforms": "transform", "selection": "selection", "stages": "data"}
+# The axis of each section of a recipe.
+AXES = {"objective": "objective", "transforms": "transform", "selection": "selection"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Entry:
 
     Attributes:
         name: how it is called; its first word is the slug, which ``--only`` knows too.
-        sections: sections of the recipe, and ``stages``, which stand under its data.
+        sections: sections of the recipe.
         aim: the largest ratio to plain SFT the project aims at; below 1 is written as 1.
         rows: the kind of rows, a name of ``objective_rows.WRITERS``.
     """
@@ -73,12 +73,11 @@ class Entry:
 
     def recipe(self, job: Job) -> dict[str, Any]:
         """The whole recipe; the learning rate is constant, so that every step is like the others."""
-        sections = {k: v for k, v in self.sections.items() if k != "stages"}
         rows = job.folder / f"{self.rows}.jsonl"
         model = {"id": str(job.folder / "model"), "task": WRITERS[self.rows].task}
         return {
             "model": model,
-            "data": {"train": str(rows), "keep": "none", "stages": self.sections.get("stages", [])},
+            "data": {"train": str(rows), "keep": "none", **WRITERS[self.rows].data},
             "training": {
                 "epochs": 10_000.0,
                 "batch_rows": job.batch,
@@ -90,7 +89,7 @@ class Entry:
                 "log_steps": 10,
             },
             "output": str(job.folder / "runs" / self.name.replace(" ", "-")),
-            **sections,
+            **self.sections,
         }
 
 
@@ -101,8 +100,9 @@ def loss(slug: str, **options: Any) -> dict[str, Any]:
 ENTRIES = (
     Entry("beyond-log-likelihood", loss("beyond-log-likelihood"), 1.05),
     Entry("masked-thought", {"transforms": [{"masked-thought": {"rate_schedule": "constant"}}]}, 1.05),
-    Entry("tl-training", {"transforms": ["tl-training"], "stages": ["tl-training"]}, 1.05, "tools"),
-    Entry("fault-aware-ft", {"transforms": ["fault-aware-ft"], "stages": ["fault-aware-ft"]}, 1.05, "code"),
+    Entry("tl-training", loss("tl-training"), 1.05, "tools"),
+    Entry("fault-aware-ft static", loss("fault-aware-ft", mode="static"), 1.05, "variants"),
+    Entry("fault-aware-ft dynamic", loss("fault-aware-ft"), rows="variants"),
     Entry("one-token-rollout", loss("one-token-rollout"), 1.15),
     Entry("anchored-sft cached", loss("anchored-sft", cache_top_k=64), 1.15),
     Entry("anchored-sft exact", loss("anchored-sft"), 1.6),
@@ -115,7 +115,7 @@ ENTRIES = (
     Entry("uds keep 1/4", {"selection": {"uds": {"keep_fraction": 0.25}}}, 1.0),
     Entry("uds keep 1/2", {"selection": {"uds": {"keep_fraction": 0.5}}}, 1.0),
     Entry("preference-oriented-sft", loss("preference-oriented-sft")),
-    Entry("cross-lingual-optimization", loss("cross-lingual-optimization"), rows="bilingual"),
+    Entry("cross-lingual-optimization", loss("cross-lingual-optimization")),
     Entry("glue-bag-of-tricks", loss("glue-bag-of-tricks"), rows="labels"),
 )  # fmt: skip
 

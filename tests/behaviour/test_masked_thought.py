@@ -34,9 +34,9 @@ from luthier.methods.analysis.masked_thought import Dependence
 from luthier.methods.transforms.masked_thought import MaskedThought
 
 RESULT = Path(__file__).resolve().parents[2] / "docs" / "measured" / "masked-thought.json"
-CHARACTERS = "0123456789abcdefgh=+-?>"
+CHARACTERS = "0123456789abcdefgh=+-*?>"
 ID = {character: number + 3 for number, character in enumerate(CHARACTERS)}
-DIGITS = 3  # a statement adds or takes away at most this
+DIGITS = 3  # the largest that a statement adds, takes away or multiplies with
 ARMS = {
     "sft": None,
     "masked thought": {},
@@ -54,21 +54,27 @@ class Characters(TinyProcessor):
         return "".join(CHARACTERS[i - 3] for i in map(int, ids) if i > 2)
 
 
-def chain(rng, count, *, irrelevant=False):
+def operation(rng, value):
+    """What a statement does, such as ``+3``, and the last digit of what that makes of a value."""
+    sign, digit = rng.choice(list("+-*")), int(rng.integers(1, DIGITS + 1))
+    return f"{sign}{digit}", {"+": value + digit, "-": value - digit, "*": value * digit}[sign] % 10
+
+
+def chain(rng, count, *, irrelevant=False, shuffled=False):
     """(question, solution): ``count`` statements, each on the one before, and perhaps one more on which none depends."""
     names = rng.permutation(list("abcdefgh"))[: count + 1]
     value = int(rng.integers(10))
     statements, solution = [f"{names[0]}={value}"], f"{names[0]}{value}"
     for before, name in pairwise(names[:count]):
-        sign, digit = rng.choice(["+", "-"]), int(rng.integers(1, DIGITS + 1))
-        statements.append(f"{name}={before}{sign}{digit}")
-        result = (value + (digit if sign == "+" else -digit)) % 10
-        solution += f"{name}{value}{sign}{digit}={result}"
+        step, result = operation(rng, value)
+        statements.append(f"{name}={before}{step}")
+        solution += f"{name}{value}{step}={result}"
         value = result
     if irrelevant:
-        other = names[rng.integers(count - 1)]
-        statements.append(f"{names[count]}={other}{rng.choice(['+', '-'])}{rng.integers(1, DIGITS + 1)}")
-    statements = rng.permutation(statements)
+        at = int(rng.integers(1, count))
+        statements.insert(at, f"{names[count]}={names[rng.integers(at)]}{operation(rng, 0)[0]}")
+    if shuffled:
+        statements = rng.permutation(statements).tolist()
     return "".join(statements) + f"?{names[count - 1]}>", solution
 
 
@@ -77,26 +83,26 @@ def prompt_ids(question):
 
 
 def rows(chains):
-    """Prepared rows."""
+    """Token ids and spans, only the solution supervised."""
     made = []
     for question, solution in chains:
         ids = [*prompt_ids(question), *(ID[c] for c in solution), 2]
         made.append((ids, [1 + len(question), len(ids)]))
-    return MemoryRows(made)
+    return made
 
 
 def calculations(rng, count, each=6):
-    """Prepared rows of calculations that have nothing to do with each other; their results are supervised."""
+    """Rows of calculations that have nothing to do with each other; their results are supervised."""
     made = []
     for _ in range(count):
         ids, spans = [1], []
         for _ in range(each):
-            value, digit, sign = int(rng.integers(10)), int(rng.integers(1, DIGITS + 1)), rng.choice(["+", "-"])
-            result = (value + (digit if sign == "+" else -digit)) % 10
-            ids += [ID[c] for c in f"{rng.choice(list('abcdefgh'))}{value}{sign}{digit}={result}"]
+            value = int(rng.integers(10))
+            step, result = operation(rng, value)
+            ids += [ID[c] for c in f"{rng.choice(list('abcdefgh'))}{value}{step}={result}"]
             spans += [len(ids) - 1, len(ids)]
         made.append((ids, spans))
-    return MemoryRows(made)
+    return made
 
 
 def fresh_model():
@@ -116,11 +122,11 @@ def session(model, seed=0, transforms=()):
     return found
 
 
-def train(model, chains, *, seed, steps, batch, rate, options=None):
+def train(model, learnt, *, seed, steps, batch, rate, options=None):
     """A copy of the model after training, as a session."""
     transforms = [] if options is None else [MaskedThought(**options)]
     found = session(copy.deepcopy(model), seed, transforms)
-    prepared = rows(chains)
+    prepared = MemoryRows(learnt)
     training = settings(
         batch_rows=batch, epochs=float(-(-steps * batch // len(prepared)) + 1), max_steps=steps, learning_rate=rate,
         warmup=0.03, schedule="cosine", log_steps=steps,
