@@ -31,6 +31,7 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python bench/throughput.py
+	$(BIN)/python bench/objectives.py
 
 behaviour: $(STAMP)
 	$(BIN)/python -m pytest tests/behaviour -n 0 --run-behaviour

@@ -1,16 +1,19 @@
-"""Masked thought on chains of arithmetic: is a memorised solution replaced by one that looks back?
+"""Masked thought on chains of arithmetic: does a model whose solutions were corrupted look back to the question?
 
-The design: statements such as ``b=a+4`` (sum or difference with a digit, last digit kept), each on the variable before it, then
-the variable asked for; the solution names every variable with its value, the asked one last. A character model of four layers and
-width 128 is pretrained once on 40,000 fresh chains of one and two statements, so that it can calculate; its accuracy there and on
-longer chains is recorded as `base`. It is then trained on 1,500 chains of three to five statements for 400 steps of 32 (about
-eight and a half epochs, the order of the paper's ten) at 1e-3 with a cosine, three seeds of rows and order. Arms: plain SFT;
-masked thought as the library has it (mask token, 0.4, warmed up over two thirds of the steps); and noise on the embeddings of the
-same tokens (alpha 5). Measured on 300 chains of four statements: the asked value exactly right, the whole solution exactly right,
-and the asked value where one more statement, on which nothing depends, stands among the four; the loss on the training rows
-beside that on the test rows; and how far the targets' log-probabilities fall when half of the question is replaced, or one token
-at a distance. Claimed by the specification: masked thought no worse than SFT on clean chains, a larger gain with the irrelevant
-statement, and a larger fall when the question is replaced. What is claimed is recorded as it came out.
+The design: three to five statements such as ``b=a*3``, each on the variable before it (sum, difference or product with 1 to 3, the
+last digit kept), then the variable asked for; the solution calculates them in order, ``a4b4*3=2c2+1=3``. A character model of four
+layers and width 128 is pretrained once, 400 steps of 32 at 2e-3, half on calculations without a chain and half on chains of two
+statements in either order, so that it can calculate and look variables up; its accuracy on two and on four statements is recorded
+as `base`. It is then trained on 1,500 chains for 600 steps of 16 (six epochs) at 1e-3 with a cosine, three seeds of rows and
+order. Arms: plain SFT; masked thought as the library has it (mask token, rate 0.4, warmed up over two thirds of the steps); and
+noise on the embeddings of the same tokens (alpha 5). Measured on 300 chains of four statements: the whole solution exactly right,
+and the asked value right, both also where one more statement, on which nothing depends, stands among the four (the solution must
+leave it out); the loss on training and on test rows; and how far the targets' log-probabilities fall when half of the question is
+replaced, or one token at a distance. Claimed by the specification: masked thought no worse than SFT on clean chains, a larger gain
+with the irrelevant statement, and a larger fall when the question is replaced. What is claimed is recorded as it came out.
+
+How the task was found, with plain SFT alone: without the base nothing was learnt in the time there is; sums in shuffled order were
+solved by adding up all digits; products in shuffled order were not learnt. The arms were first compared on this task.
 """
 
 from __future__ import annotations
@@ -122,14 +125,14 @@ def session(model, seed=0, transforms=()):
     return found
 
 
-def train(model, learnt, *, seed, steps, batch, rate, options=None):
+def train(model, learnt, *, seed, steps, batch, rate, options=None, **given):
     """A copy of the model after training, as a session."""
     transforms = [] if options is None else [MaskedThought(**options)]
     found = session(copy.deepcopy(model), seed, transforms)
     prepared = MemoryRows(learnt)
     training = settings(
         batch_rows=batch, epochs=float(-(-steps * batch // len(prepared)) + 1), max_steps=steps, learning_rate=rate,
-        warmup=0.03, schedule="cosine", log_steps=steps,
+        warmup=0.03, schedule="cosine", log_steps=steps, **given,
     )  # fmt: skip
     Trainer(found, prepared, training).run()
     found.stack.call("finish_model", found.model, found.processor)
@@ -140,13 +143,13 @@ def answers(found, chains):
     """Shares of chains whose asked value, and whose whole solution, is exactly right."""
     greedy = registry.get("decoding", "greedy").build({"max_new_tokens": 40, "batch_rows": 150})
     said = [c.text for c in greedy.generate(found.model, [prompt_ids(q) for q, _ in chains], found)]
-    last = [text[-1:] == solution[-1:] for text, (_, solution) in zip(said, chains, strict=True)]
+    asked = [text[-1:] == solution[-1:] for text, (_, solution) in zip(said, chains, strict=True)]
     whole = [text == solution for text, (_, solution) in zip(said, chains, strict=True)]
-    return {"asked": float(np.mean(last)), "whole": float(np.mean(whole))}
+    return {"asked": float(np.mean(asked)), "whole": float(np.mean(whole))}
 
 
 def loss(found, prepared):
-    return -float(torch.cat([logp_n for logp_n in found.score(prepared)]).double().mean())
+    return -float(torch.cat(list(found.score(prepared))).double().mean())
 
 
 class Runs:
@@ -177,19 +180,24 @@ def dependence(plain, found, prepared):
     return falls
 
 
-def experiment(seeds=(0, 1, 2), *, base_rows=40_000, base_batch=64, count=1500, steps=400, batch=32, asked=300):
-    """Every arm at every seed, with what was claimed."""
-    keep_pages()
-    rng = np.random.default_rng(12345)
-    started = time.perf_counter()
-    short = [chain(rng, int(rng.integers(1, 3))) for _ in range(base_rows)]
-    base = train(fresh_model(), short, seed=0, steps=base_rows // base_batch, batch=base_batch, rate=2e-3)
-    taught, longer = ([chain(rng, n) for _ in range(asked)] for n in (2, 4))
+def pretrained(steps, batch, asked):
+    """The base, and what it can do."""
+    rng, started = np.random.default_rng(12345), time.perf_counter()
+    half = steps * batch // 2
+    taught = calculations(rng, half) + rows([chain(rng, 2, shuffled=True) for _ in range(half)])
+    base = train(fresh_model(), taught, seed=0, steps=steps, batch=batch, rate=2e-3, beta2=0.99)
     competence = {
-        "two statements": answers(base, taught),
-        "four statements": answers(base, longer),
+        "two statements": answers(base, [chain(rng, 2, shuffled=True) for _ in range(asked)]),
+        "four statements": answers(base, [chain(rng, 4) for _ in range(asked)]),
         "wall_seconds": round(time.perf_counter() - started, 1),
     }
+    return base.model, competence
+
+
+def experiment(seeds=(0, 1, 2), *, base_steps=400, count=1500, steps=600, asked=300):
+    """Every arm at every seed, with what was claimed."""
+    keep_pages()
+    base, competence = pretrained(base_steps, 32, asked)
     arms: dict[str, dict[str, dict]] = {arm: {} for arm in ARMS}
     for seed in seeds:
         rng = np.random.default_rng(seed)
@@ -199,15 +207,15 @@ def experiment(seeds=(0, 1, 2), *, base_rows=40_000, base_batch=64, count=1500, 
         plain = None
         for arm, options in ARMS.items():
             started = time.perf_counter()
-            found = train(base.model, learnt, seed=seed, steps=steps, batch=batch, rate=1e-3, options=options)
+            found = train(base, rows(learnt), seed=seed, steps=steps, batch=16, rate=1e-3, options=options)
             seconds = time.perf_counter() - started
             plain = plain or found
             arms[arm][str(seed)] = {
                 "clean": answers(found, clean),
-                "irrelevant statement": answers(found, disturbed)["asked"],
-                "loss_on_training_rows": loss(found, rows(learnt[:asked])),
-                "loss_on_test_rows": loss(found, rows(clean)),
-                "fall": dependence(plain, found, rows(clean))["sft" if arm == "sft" else "arm"],
+                "irrelevant": answers(found, disturbed),
+                "loss_on_training_rows": loss(found, MemoryRows(rows(learnt[:asked]))),
+                "loss_on_test_rows": loss(found, MemoryRows(rows(clean))),
+                "fall": dependence(plain, found, MemoryRows(rows(clean)))["sft" if arm == "sft" else "arm"],
                 "wall_seconds": round(seconds, 1),
             }
 
@@ -219,50 +227,52 @@ def experiment(seeds=(0, 1, 2), *, base_rows=40_000, base_batch=64, count=1500, 
             values.append(one)
         return np.array(values)
 
-    gain = {
-        where: {arm: of(arm, *path) - of("sft", *path) for arm in ARMS}
-        for where, path in (("clean", ("clean", "asked")), ("irrelevant statement", ("irrelevant statement",)))
-    }
+    def gain(arm, *path):
+        return float((of(arm, *path) - of("sft", *path)).mean())
+
     question = {arm: of(arm, "fall", "50% of the question") for arm in ARMS}
-    masked = "masked thought"
+    masked, noisy = "masked thought", "embedding noise"
     return {
         "method": "masked-thought",
         "design": __doc__,
         "seeds": list(seeds),
-        "base_rows": base_rows,
+        "base_steps": base_steps,
         "count": count,
         "steps": steps,
-        "batch": batch,
         "asked": asked,
         "base": competence,
-        "arms": arms,
         "claims": {
-            "clean chains: masked thought no worse than sft": bool(gain["clean"][masked].mean() >= 0),
-            "a larger gain with an irrelevant statement than on clean chains": bool(
-                gain["irrelevant statement"][masked].mean() > gain["clean"][masked].mean()
-            ),
-            "with an irrelevant statement masked thought better than sft": bool(
-                gain["irrelevant statement"][masked].mean() > 0
-            ),
-            "masked thought no worse than embedding noise on clean chains (reported)": bool(
-                (gain["clean"][masked] - gain["clean"]["embedding noise"]).mean() >= 0
-            ),
-            "its targets fall more than sft's when the question is replaced, on every seed": bool(
+            "clean chains: whole solutions of masked thought no worse than of sft": gain(masked, "clean", "whole") >= 0,
+            "with an irrelevant statement: asked values of masked thought better than of sft": gain(
+                masked, "irrelevant", "asked"
+            )
+            > 0,
+            "the gain in asked values is larger with an irrelevant statement than on clean chains": gain(
+                masked, "irrelevant", "asked"
+            )
+            > gain(masked, "clean", "asked"),
+            "its targets fall more than sft's when half of the question is replaced, on every seed": bool(
                 (question[masked] > question["sft"]).all()
             ),
+            "masked thought no worse than noise on embeddings, clean whole solutions (reported)": gain(
+                masked, "clean", "whole"
+            )
+            >= gain(noisy, "clean", "whole"),
         },
         "mean": {
             arm: {
-                "clean": float(of(arm, "clean", "asked").mean()),
-                "whole solution": float(of(arm, "clean", "whole").mean()),
-                "irrelevant statement": float(of(arm, "irrelevant statement").mean()),
-                "fall without half of the question": float(question[arm].mean()),
+                "whole": float(of(arm, "clean", "whole").mean()),
+                "asked": float(of(arm, "clean", "asked").mean()),
+                "irrelevant_whole": float(of(arm, "irrelevant", "whole").mean()),
+                "irrelevant_asked": float(of(arm, "irrelevant", "asked").mean()),
+                "fall_without_half_of_the_question": float(question[arm].mean()),
                 "loss_on_training_rows": float(of(arm, "loss_on_training_rows").mean()),
                 "loss_on_test_rows": float(of(arm, "loss_on_test_rows").mean()),
                 "wall_seconds": float(of(arm, "wall_seconds").mean()),
             }
             for arm in ARMS
         },
+        "arms": arms,
     }
 
 
