@@ -65,7 +65,33 @@ def listing() -> str:
             name = f"[{method.slug}]({page.name})" if page.exists() else method.slug
             lines.append(f"| {name} | {method.title} | {method.paper} |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *costs(), ""])
+
+
+def costs() -> list[str]:
+    """What ``bench/objectives.py`` measured, as ratios to plain SFT."""
+    found = json.loads((DOCS / "measured" / "objectives.json").read_text(encoding="utf-8"))
+    about = found["about"]
+    lines = [
+        "## What they cost",
+        "",
+        "Time of all rows and peak memory as ratios to plain SFT on the same rows in the same run: 11M parameters, vocabulary "
+        f"32,000, fp32, {about['threads']} threads, batch {about['batch']}; medians over {about['rounds']} rounds with their "
+        "range (`make bench`).",
+        "",
+        "| method | time | range | aim | memory | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry in found["entries"]:
+        if entry["name"] == "sft":
+            continue
+        ratio, aim = entry["ratio"], entry["aim"]
+        late = aim is not None and ratio["median"] > aim
+        notes = ["misses its aim"] if late else []
+        notes += ["a reference is resident"] if entry["reference"] else []
+        numbers = f"{ratio['median']:.2f} | {ratio['low']:.2f} - {ratio['high']:.2f} | {aim or ''} | {entry['memory_ratio']:.2f}"
+        lines.append(f"| {entry['name']} | {numbers} | {'; '.join(notes)} |")
+    return lines
 
 
 def keys(name: str) -> str:

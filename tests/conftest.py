@@ -1,4 +1,4 @@
-"""Every test works in a cache of its own and offline."""
+"""Every test works in a cache of its own and offline, on one thread: the workers share the cores."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser):

@@ -27,12 +27,12 @@ def bed(method):
     return next(task for task in BEDS if not method.tasks or task in method.tasks)
 
 
-def session_with(method, options, task=None):
+def session_with(method, options, task=None, **more):
     built = method.build(options)
     key = {"objective": "objective", "transform": "transforms", "selection": "selector", "parameters": "parameters"}
     value = as_objective(built) if method.axis == "objective" else built
     value = [value] if method.axis in ("transform", "parameters") else value
-    return make_session(task=task or bed(method), **{key[method.axis]: value})
+    return make_session(task=task or bed(method), **{key[method.axis]: value}, **more)
 
 
 def run(method, options, folder=None, stop=None, resume=False, task=None, **values):
@@ -114,6 +114,22 @@ def test_state_survives_json_and_safetensors(method):
     tensors = {}
     plain = json.loads(json.dumps(pack(session.stack.state(), tensors)))
     session.stack.load(unpack(plain, tensors))
+
+
+@pytest.mark.parametrize("method", [m for m in TRAINING if m.axis != "parameters"], ids=name)
+def test_trains_an_adapter_and_leaves_its_base_alone(method):
+    places = {"causal-lm": ["q_proj", "v_proj"], "masked-lm": ["query", "value"]}[bed(method)]
+    adapter = registry.get("parameters", "lora").build({"rank": 2, "target_modules": places})
+    session = session_with(method, method.example, parameters=[adapter])
+    before = weights(session.model)
+    try:
+        Trainer(session, random_rows(24 * session.stack.oversample), settings(max_steps=2)).run()
+    except UserError as error:
+        assert method.slug in str(error), "a refusal names the method"
+        return
+    changed = {k for k, v in weights(session.model).items() if not torch.equal(v, before[k])}
+    assert changed
+    assert all("lora_" in k for k in changed)
 
 
 @pytest.mark.parametrize("method", [m for m in ALL if m.axis == "parameters"], ids=name)

@@ -368,13 +368,18 @@ def test_after_sorted_fine_tuning_drafts_are_accepted_and_the_text_is_greedy():
     objective = SortedFineTuning(exits=[1, 2, 4])
     torch.manual_seed(0)
     model = Auto.from_config(LlamaConfig(**(SIZES | {"vocab_size": 64}), **WIDE, **IDS))
+    asked = prompts(6)
+
+    def tokens_per_pass():
+        decoder = build(mode="speculative")
+        assert [c.token_ids for c in decoder.generate(model.eval(), asked, context())] == greedy(model, asked)
+        return decoder.report["tokens_per_pass"]
+
+    before = tokens_per_pass()
     session = make_session(model, objective=objective)
     Trainer(session, random_rows(), settings(epochs=15)).run()
     objective.finish_model(model, None)
-    asked = prompts(6)
-    decoder = build(mode="speculative")
-    assert [c.token_ids for c in decoder.generate(model, asked, context())] == greedy(model, asked)
-    assert decoder.report["tokens_per_pass"] > 1.5
+    assert tokens_per_pass() > max(before, 1.0)
     exact = build(mode="dynamic", target_agreement=1.0, kv="recompute")
     assert [c.token_ids for c in exact.generate(model, asked, context())] == greedy(model, asked)
     assert exact.report["mean_depth"] < 4
