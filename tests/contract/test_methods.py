@@ -15,6 +15,8 @@ from luthier.engine.stack import as_objective
 
 ALL = registry.all_methods()
 TRAINING = [m for m in ALL if m.axis in ("objective", "transform", "selection", "parameters")]
+# These train modules of their own, which an adapter would leave frozen, and say so.
+WHOLE_MODEL = {"glue-pretraining"}
 SGD = {"optimizer": "sgd", "learning_rate": 0.1, "schedule": "constant"}
 
 
@@ -122,11 +124,12 @@ def test_trains_an_adapter_and_leaves_its_base_alone(method):
     adapter = registry.get("parameters", "lora").build({"rank": 2, "target_modules": places})
     session = session_with(method, method.example, parameters=[adapter])
     before = weights(session.model)
-    try:
-        Trainer(session, random_rows(24 * session.stack.oversample), settings(max_steps=2)).run()
-    except UserError as error:
-        assert method.slug in str(error), "a refusal names the method"
+    rows = random_rows(24 * session.stack.oversample)
+    if method.slug in WHOLE_MODEL:
+        with pytest.raises(UserError, match=method.slug):
+            Trainer(session, rows, settings(max_steps=2))
         return
+    Trainer(session, rows, settings(max_steps=2)).run()
     changed = {k for k, v in weights(session.model).items() if not torch.equal(v, before[k])}
     assert changed
     assert all("lora_" in k for k in changed)
