@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import torch
 from discriminative_rows import pair_session, random_pairs
 from safetensors.torch import load_file, save_file
 
+import two_processes
 from helpers import settings, weights
 from luthier.engine.distributed import Processes
 from luthier.engine.loop import Trainer
@@ -49,26 +47,7 @@ def main(folder, sharding, stop, resume):
 
 
 def launch(folder, sharding, *, stop=None, resume=False):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    here = Path(__file__)
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    shared |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join([str(here.parents[1]), *sys.path])}
-    job = json.dumps([str(folder), sharding, stop, resume])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(here), job],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == (7 if stop else 0), output
+    two_processes.launch(__file__, [str(folder), sharding, stop, resume], expect=7 if stop else 0)
 
 
 @pytest.mark.distributed

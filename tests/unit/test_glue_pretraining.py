@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import two_processes
 from helpers import MASKING, make_session, random_rows, settings, tiny_bert, weights
 from luthier.core.errors import UserError
 from luthier.core.rng import stream
@@ -378,25 +376,7 @@ def main(folder):
 
 @pytest.mark.distributed
 def test_two_processes_give_the_trajectory_of_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    here = Path(__file__)
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    shared |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join([str(here.parents[1]), *sys.path])}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(here), json.dumps([str(tmp_path)])],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output
+    two_processes.launch(__file__, [str(tmp_path)], timeout=240)
     for name, (options, dropout) in JOBS.items():
         first, second = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in range(2))
         # With dropout each process draws masks of its own, so that only the processes agree.
