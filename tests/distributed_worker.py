@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+import two_processes
 from helpers import make_session, random_rows, settings, tiny_llama
 from luthier.engine.distributed import Processes
 from luthier.engine.loop import Trainer
@@ -30,8 +31,7 @@ def main() -> None:
     whole = {n: processes.whole(p.detach()).contiguous() for n, p in session.model.named_parameters()}
     if processes.main:
         save_file(whole, folder / "final.safetensors")
-    processes.barrier()
-    torch.distributed.destroy_process_group()
+    two_processes.leave()
 
 
 main()

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import two_processes
 from helpers import BEDS, make_session, random_rows, settings, weights
 from luthier.core import registry
 from luthier.engine.distributed import Processes
 from luthier.engine.loop import Trainer
 from luthier.engine.stack import as_objective
-from two_processes import launch
 
 TRAINING = [m for m in registry.all_methods() if m.axis in ("objective", "transform", "selection", "parameters")]
 # 19 rows leave one process without a row in an epoch's last step.
@@ -48,14 +48,13 @@ def main(folder):
             save_file(trained(method, processes), place.with_suffix(".safetensors"))
         except Exception:
             place.with_suffix(".txt").write_text(traceback.format_exc())
-        processes.barrier()
-    torch.distributed.destroy_process_group()
+        two_processes.leave()
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    launch(__file__, str(folder), timeout=400)
+    two_processes.launch(__file__, str(folder), timeout=400)
     return folder
 
 

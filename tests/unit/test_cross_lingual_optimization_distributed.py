@@ -47,8 +47,7 @@ def main(folder, sharding):
     session = train(processes)
     found = {n: processes.whole(p.detach()).contiguous() for n, p in session.model.named_parameters()}
     save_file(found, folder / f"rank-{processes.rank}.safetensors")
-    processes.barrier()
-    torch.distributed.destroy_process_group()
+    two_processes.leave()
 
 
 def launch(folder, sharding):

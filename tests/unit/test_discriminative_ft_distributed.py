@@ -42,8 +42,7 @@ def main(folder, sharding, stop, resume):
     save_file(
         {**found, "log_u": session.stack.objective.state()["log_u"]}, folder / f"rank-{processes.rank}.safetensors"
     )
-    processes.barrier()
-    torch.distributed.destroy_process_group()
+    two_processes.leave()
 
 
 def launch(folder, sharding, *, stop=None, resume=False):
