@@ -48,7 +48,8 @@ def main(folder):
             save_file(trained(method, processes), place.with_suffix(".safetensors"))
         except Exception:
             place.with_suffix(".txt").write_text(traceback.format_exc())
-        two_processes.leave()
+        processes.barrier()
+    two_processes.leave()
 
 
 @pytest.fixture(scope="module")
