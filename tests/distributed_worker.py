@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import two_processes
-from helpers import make_session, random_rows, settings, tiny_llama
+from helpers import LooksFirst, make_session, random_rows, settings, tiny_llama
 from luthier.engine.distributed import Processes
 from luthier.engine.loop import Trainer
 
@@ -19,7 +19,8 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     processes = Processes(job["sharding"], device="cpu")
-    session = make_session(tiny_llama(tied=job.get("tied", False)), processes=processes)
+    parameters = [LooksFirst()] if job.get("looks_first") else None
+    session = make_session(tiny_llama(tied=job.get("tied", False)), processes=processes, parameters=parameters)
     folder = Path(job["folder"])
 
     def kill(event: str, values: dict) -> None:

@@ -149,6 +149,14 @@ class OpenAll:
         return model
 
 
+class LooksFirst(OpenAll):
+    """Full fine-tuning after a forward pass over some rows."""
+
+    def prepare(self, ctx: Any, dataset: Any) -> None:
+        batch = ctx.task.collate(dataset.fetch(range(4)), range(4))
+        self.seen = ctx.forward(batch, grad=False).logp_N.sum()
+
+
 # A tiny model, its processor and its task, for a method to be tried on.
 BEDS: dict[str, tuple[Any, Any, Any]] = {
     "causal-lm": (tiny_llama, PROCESSOR, CausalLM),

@@ -58,6 +58,13 @@ def test_fsdp2_with_tied_embeddings(tmp_path):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_a_method_may_look_at_the_rows_before_the_first_step(sharding, tmp_path):
+    launch({"sharding": sharding, "folder": str(tmp_path), "training": TRAINING, "looks_first": True})
+    assert_close(load_file(tmp_path / "final.safetensors"), single())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
 def test_two_processes_resume_to_the_same_bits(sharding, tmp_path):
     job = {"sharding": sharding, "training": {**TRAINING, "optimizer": "adamw", "learning_rate": 1e-2}}
     launch({**job, "folder": str(tmp_path / "whole")})
