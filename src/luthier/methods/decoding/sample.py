@@ -15,16 +15,16 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 
-from luthier.core.errors import UserError
 from luthier.core.protocols import Completion, Context
 from luthier.core.registry import decoder
-from luthier.functional import sequences
+from luthier.functional.writing import completions
 
 
 @decoder("sample")
@@ -50,53 +50,25 @@ class Sample:
         Raises:
             UserError: a prompt has no token.
         """
-        if empty := [index for index, prompt in enumerate(prompts) if not len(prompt)]:
-            raise UserError(f"prompt {empty[0] + 1} has no token; give at least a beginning-of-text token.")
-        from transformers import GenerationConfig
-
-        tokenizer = ctx.processor
-        stop = sequences.stop_tokens(tokenizer.eos_token_id, model.generation_config.eos_token_id)
-        pad_id = next((i for i in (tokenizer.pad_token_id, *stop) if i is not None), 0)
         seeds = ctx.rng("rollout")
 
-        def write(ids_BT: torch.Tensor, mask_BT: torch.Tensor, most: int) -> torch.Tensor:
-            settings = GenerationConfig(
-                **sequences.NEUTRAL,
-                do_sample=True,
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                min_p=self.min_p,
-                max_new_tokens=most,
-                eos_token_id=stop or None,
-                pad_token_id=pad_id,
-            )
+        @contextmanager
+        def drawing() -> Iterator[None]:
             # transformers draws from the process's generator, which is seeded here and put back afterwards.
-            devices = [ctx.device] if ctx.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices):
+            with torch.random.fork_rng(devices=[ctx.device] if ctx.device.type == "cuda" else []):
                 torch.manual_seed(int(torch.randint(2**62, (1,), generator=seeds)))
-                whole_BT = model.generate(
-                    input_ids=ids_BT.to(ctx.device), attention_mask=mask_BT.to(ctx.device), generation_config=settings
-                )
-            return whole_BT[:, ids_BT.shape[1] :]
+                yield
 
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                written = sequences.complete(
-                    write,
-                    prompts,
-                    stop=stop,
-                    pad_id=pad_id,
-                    batch_rows=self.batch_rows,
-                    max_new_tokens=self.max_new_tokens,
-                    context=getattr(model.config.get_text_config(), "max_position_embeddings", None),
-                )
-        finally:
-            if training:
-                model.train()
-        return [
-            Completion(text=tokenizer.decode(ids, skip_special_tokens=True), token_ids=ids, finished=finished)
-            for ids, finished in written
-        ]
+        return completions(
+            model,
+            prompts,
+            ctx,
+            batch_rows=self.batch_rows,
+            max_new_tokens=self.max_new_tokens,
+            around=drawing,
+            do_sample=True,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+        )
