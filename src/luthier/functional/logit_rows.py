@@ -35,32 +35,30 @@ def normalise_torch(
     """The default back-end, for every device and every statistic."""
     rows, width = logits_CV.shape
     kind = torch.float64 if logits_CV.dtype == torch.float64 else torch.float32
-    # Kept raw only where a statistic needs the logits and the probabilities side by side.
-    separate = "entropy" in names
-    in_place = logits_CV.dtype == kind and gradient and not separate
+    in_place = logits_CV.dtype == kind and gradient
     block = rows if logits_CV.is_cuda else max(1, _BLOCK_BYTES // (width * kind.itemsize))
-    wide = None if logits_CV.dtype == kind else logits_CV.new_empty((min(block, rows), width), dtype=kind)
     scratch = None if in_place else logits_CV.new_empty((min(block, rows), width), dtype=kind)
     found = {n: logits_CV.new_empty(rows, dtype=torch.int64 if n == "top1" else kind) for n in names}
+    probabilities = gradient or "entropy" in names or "collision" in names
     for start in range(0, rows, max(1, block)):
         part = slice(start, min(start + block, rows))
         x = logits_CV[part]
-        if wide is not None:
-            x = wide[: x.shape[0]].copy_(x)
+        if scratch is not None:
+            x = scratch[: x.shape[0]].copy_(x)
         target = target_C[part, None]
-        highest, chosen = x.amax(-1), x.gather(1, target).squeeze(1)
-        p = torch.softmax(x, -1, out=x if scratch is None else scratch[: x.shape[0]])
-        # The largest probability is at least 1/V, so its logarithm is exact where that of the target's may underflow.
-        top_logp = p.amax(-1).log_()
-        lse = highest - top_logp
+        # One pass for the logarithms and one for their exponentials; a row's largest is sought only where it is asked for.
+        logp = torch.log_softmax(x, -1, out=x)
         if "logp" in names:
-            torch.sub(chosen, lse, out=found["logp"][part])
+            found["logp"][part] = logp.gather(1, target).squeeze(1)
         if "top1_logp" in names:
-            found["top1_logp"][part] = top_logp
+            found["top1_logp"][part] = logp.amax(-1)
         if "top1" in names:
-            found["top1"][part] = p.argmax(-1)
+            found["top1"][part] = logp.argmax(-1)
+        if not probabilities:
+            continue
+        p = logp.exp() if "entropy" in names else logp.exp_()
         if "entropy" in names:
-            torch.sub(lse, _row_dot(p, x), out=found["entropy"][part])
+            found["entropy"][part] = _row_dot(p, logp).neg_()
         if "collision" in names:
             found["collision"][part] = _row_dot(p, p)
         if gradient:
