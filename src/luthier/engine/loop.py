@@ -6,14 +6,13 @@ accumulation nor the number of processes changes the trajectory.
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from luthier.core.errors import LuthierError
+from luthier.core.metrics_file import Metrics
 from luthier.core.protocols import Batch, Loss
 from luthier.core.rng import derive_seed
 from luthier.core.store import write_json
@@ -42,37 +42,11 @@ from luthier.engine.session import Session
 Evaluate = Callable[[], dict[str, float]]
 Watch = Callable[[Session], dict[str, float]]
 Observe = Callable[[str, dict[str, Any]], None]
+Around = Callable[[int], AbstractContextManager[Any]]
 
 
 class Interrupted(LuthierError):
     """The run was asked to stop (SIGTERM or Ctrl-C), saved itself and ended."""
-
-
-class Metrics:
-    """``metrics.jsonl``: one line per logged step; on resume, lines behind the checkpoint are cut off."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept: list[str] = []
-        if path.exists() and step > 0:
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] > step:
-                        break
-                except ValueError:  # a line cut short by a kill
-                    break
-                kept.append(line)
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 @contextmanager
@@ -107,6 +81,7 @@ class Trainer:
         evaluate: called every ``eval_steps``; its ``loss`` decides early stopping and the best checkpoint.
         watch: what it measures stands beside the loss of every logged step.
         observe: receives ``(event, values)`` for ``step``, ``evaluation`` and ``checkpoint``.
+        around: ``around(step)``, a context that each step runs in, counted from 0 (counting, profiling).
     """
 
     def __init__(
@@ -119,9 +94,11 @@ class Trainer:
         evaluate: Evaluate | None = None,
         watch: Watch | None = None,
         observe: Observe | None = None,
+        around: Around | None = None,
     ) -> None:
         self.session, self.data, self.training, self.folder = session, data, training, folder
         self.evaluate, self.watch, self.observe = evaluate, watch, observe or (lambda event, values: None)
+        self.around = around or (lambda step: nullcontext())
         self.order = DataOrder(
             data.lengths,
             seed=session.seed,
@@ -363,11 +340,12 @@ class Trainer:
         self.save(best=gained)
         return early is not None and self.evaluations_without_gain >= early.patience
 
-    def run(self, *, resume: bool = False) -> dict[str, Any]:
+    def run(self, *, resume: bool = False, until: int | None = None) -> dict[str, Any]:
         """Train to the end; returns totals.
 
         Args:
             resume: continue from the newest checkpoint of the folder, if there is one.
+            until: stop after this step as if asked to, with a checkpoint; the schedule is that of the whole run.
 
         Raises:
             Interrupted: the process was asked to stop; a checkpoint was written.
@@ -379,12 +357,14 @@ class Trainer:
         if self.folder is not None and session.processes.main:
             self._metrics = Metrics(self.folder / "metrics.jsonl", session.step)
         session.model.train()
-        stopped, before, mark = False, dict(self.seen), time.perf_counter()
+        end = self.total if until is None else min(until, self.total)
+        before, mark = dict(self.seen), time.perf_counter()
         done = training.early_stopping is not None and self.evaluations_without_gain >= training.early_stopping.patience
         try:
             with _stop_signals() as asked_to_stop:
-                while session.step < self.total and not done:
-                    self._step()
+                while session.step < end and not done:
+                    with self.around(session.step):
+                        self._step()
                     last = session.step == self.total
                     if session.step % training.log_steps == 0 or last:
                         now = time.perf_counter()
@@ -400,18 +380,16 @@ class Trainer:
                         done = self._evaluate()
                     elif training.save_steps and session.step % training.save_steps == 0:
                         self.save()
-                    if session.processes.sum([float(asked_to_stop())])[0] > 0 and not last:
-                        self.save()
-                        stopped = True
+                    if session.processes.sum([float(asked_to_stop())])[0] > 0:
                         break
         finally:
             session.close()
             if self._metrics is not None:
                 self._metrics.close()
-        if stopped:
-            raise Interrupted(f"stopped as asked after step {session.step} of {self.total}; continue with --resume.")
         if self._saved != session.step:  # what follows (measuring, saving) may be interrupted too
             self.save()
+        if session.step < self.total and not done:
+            raise Interrupted(f"stopped as asked after step {session.step} of {self.total}; continue with --resume.")
         session.model.eval()
         counted = ("tokens", "supervised", "rows")
         seen = dict(zip(counted, session.processes.sum([float(self.seen[k]) for k in counted]), strict=True))

@@ -127,6 +127,34 @@ class Means:
         return found
 
 
+class Kept:
+    """Every position as it is, for comparisons of two models row by row: 28 bytes a position."""
+
+    def __init__(self) -> None:
+        self._parts: list[dict[str, NDArray[Any]]] = []
+
+    def add(self, seen: Observed) -> None:
+        """Take one batch."""
+        self._parts.append(
+            {
+                "row": (seen.first + seen.sequence_N).astype(np.int32),
+                "target": seen.target_N.astype(np.int32),
+                "top1": seen.top1_N.astype(np.int32),
+                "logp": seen.logp_N,
+                "top1_logp": seen.top1_logp_N.astype(np.float32),
+                "collision": seen.collision_N.astype(np.float32),
+            }
+        )
+
+    def metrics(self, confidence: float) -> dict[str, Metric]:
+        """None: what was taken is :meth:`arrays`."""
+        return {}
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """[N] each: ``row`` (the running number of the example), ``target``, ``top1`` and the statistics."""
+        return {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
+
+
 def _filled(sums_GX: Array, count_GX: Array) -> Array:
     """The groups that hold anything."""
     return sums_GX[count_GX.reshape(GROUPS, -1).sum(axis=1) > 0]

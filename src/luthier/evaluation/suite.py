@@ -21,6 +21,7 @@ from luthier.evaluation.accumulators import (
     Calibration,
     ClassF1,
     EntityF1,
+    Kept,
     MeanOf,
     Means,
     Metric,
@@ -102,6 +103,7 @@ def likelihood(
     labels: Sequence[str] | None = None,
     confidence: float = 0.95,
     calibration: bool = True,
+    kept: Kept | None = None,
 ) -> dict[str, Metric]:
     """Loss, accuracy, F1 and calibration of a model over batches.
 
@@ -112,6 +114,7 @@ def likelihood(
         labels: names of the classes in the order of their indices, for classification.
         confidence: of the intervals.
         calibration: also give the metrics of :data:`CALIBRATION`.
+        kept: takes every position, for comparisons row by row.
 
     Returns:
         ``{metric: {value, n, low, high, unit, direction}}``.
@@ -120,7 +123,7 @@ def likelihood(
         UserError: there is nothing to evaluate, or label names are missing.
         LuthierError: a log-probability is not finite.
     """
-    chosen = accumulators(task, labels, with_calibration=calibration)
+    chosen = accumulators(task, labels, with_calibration=calibration) + ([] if kept is None else [kept])
     examples = positions = 0
     with torch.no_grad():
         for batch in batches:

@@ -86,10 +86,14 @@ class Measure:
         plan: the plan.
         data: the run's data.
         decoder: the decoder that writes the answers.
+
+    Attributes:
+        kept: set to a dict, it takes every position of every source that is measured, by the source's name.
     """
 
     def __init__(self, plan: Any, data: Any, decoder: Any) -> None:
         self.plan, self.data, self.decoder = plan, data, decoder
+        self.kept: dict[str, suite.Kept] | None = None
         # The recipe's verifier is for its own task; material to keep is of others, and its rows name theirs.
         self.verifier, self.keep_verifier = Verifier(plan.verifier), Verifier()
 
@@ -120,6 +124,7 @@ class Measure:
         self, session: Session, source: Any, verifier: Verifier, *, calibration: bool
     ) -> tuple[dict[str, Any], list[Any]]:
         options = self.plan.recipe.evaluation
+        kept = None if self.kept is None else suite.Kept()
         metrics = suite.likelihood(
             batches(session, source.prepared, options.batch_rows),
             lambda batch: session.evaluate_batch(batch, suite.STATISTICS),
@@ -127,7 +132,10 @@ class Measure:
             labels=self.data.labels or None,
             confidence=options.confidence,
             calibration=calibration,
+            kept=kept,
         )
+        if self.kept is not None and kept is not None:
+            self.kept["target" if source is self.data.test else source.name] = kept
         if session.task.name != "causal-lm" or not wants_generation(self.plan, source, verifier.choice):
             return metrics, []
         judged = [i for i in range(len(source.prepared)) if source.prepared.canonical(i)["kind"] in ("pair", "chat")]

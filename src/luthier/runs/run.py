@@ -27,6 +27,7 @@ from luthier.data.prepare import prepare
 from luthier.engine.distributed import Processes
 from luthier.runs import disk, setup
 from luthier.runs.analyses import AnalysisContext
+from luthier.runs.instruments import Instruments
 from luthier.runs.measure import Measure, quick_loss
 from luthier.runs.progress import TrainProgress
 from luthier.tasks import get_task
@@ -68,6 +69,8 @@ class Workshop:
         processes: the process group.
         resume: continue from the newest checkpoint.
         quiet: show nothing.
+        until: stop the run's own training after this step, with a checkpoint.
+        instruments: what else to measure.
     """
 
     def __init__(
@@ -80,9 +83,11 @@ class Workshop:
         processes: Processes | None = None,
         resume: bool = False,
         quiet: bool = True,
+        until: int | None = None,
+        instruments: Instruments | None = None,
     ) -> None:
         self.plan, self.data, self.loaded, self.folder = plan, data, loaded, folder
-        self.resume, self.quiet = resume, quiet
+        self.resume, self.quiet, self.until, self.instruments = resume, quiet, until, instruments
         self.processes = processes or Processes(plan.recipe.training.sharding)
         self.precision = setup.precision(plan)
         self.decoder = _decoder(plan)
@@ -203,7 +208,9 @@ class Workshop:
                     self.processes.accelerator.log(shown, step=values["step"])
 
             trainer.observe = observe
-            totals = trainer.run(resume=self.resume)
+            if self.instruments is not None:
+                self.instruments.begin(trainer)
+            totals = trainer.run(resume=self.resume, until=self.until if stage is None else None)
         if tracked:
             self.processes.accelerator.end_training()
         trained = _whole_model(self, session)
@@ -317,10 +324,25 @@ def check_folder(plan: Any, folder: Path, *, resume: bool) -> None:
             )
 
 
-def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
+def execute(
+    plan: Any,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    until: int | None = None,
+    instruments: Instruments | None = None,
+) -> Run:
     """Run a plan to its end.
 
+    Args:
+        plan: the plan.
+        resume: continue the run in the output folder.
+        quiet: show nothing.
+        until: stop after this step with a checkpoint, as if asked to.
+        instruments: what else to measure.
+
     Raises:
+        Interrupted: stopped before the end, as asked.
         UserError: something in the recipe or the data; raised before weights are loaded wherever that is possible.
         LuthierError: training failed.
     """
@@ -352,7 +374,17 @@ def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
     loaded = open_model(plan, data.labels)
     for note in loaded.notes:
         say(note)
-    shop = Workshop(plan, data, loaded, folder, processes=processes, resume=resume, quiet=quiet)
+    shop = Workshop(
+        plan,
+        data,
+        loaded,
+        folder,
+        processes=processes,
+        resume=resume,
+        quiet=quiet,
+        until=until,
+        instruments=instruments,
+    )
     say(f"{len(data.train.prepared):,} rows, {int(data.train.prepared.lengths.sum()):,} tokens, {shop.precision}")
     if processes.main:
         # Written only now: a run that its data stops leaves nothing that a second try would have to delete.
@@ -389,6 +421,7 @@ def execute(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
     for note in artefact.notes:
         say(note)
     say("measuring the trained model")
+    shop.measure.kept = None if instruments is None else instruments.kept
     after = shop.evaluate(model)
     totals = {**artefact.metrics, "wall_seconds": time.perf_counter() - started}
     metrics = {

@@ -1,0 +1,106 @@
+"""What a run can be measured with beside its own numbers: operations counted, predictions kept position by position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+# How many steps of a training are counted; the others are taken to cost as much as these do on average.
+COUNTED_STEPS = 16
+
+
+def _product_added(self_shape: Any, a_shape: Any, b_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Operations of ``addmm_``, which torch's counter does not know."""
+    return 2 * a_shape[0] * a_shape[1] * b_shape[1]
+
+
+def _attention(query_shape: Any, key_shape: Any, value_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Operations of attention on a CPU, both products over the whole square, as the counter does elsewhere."""
+    batch, heads, length, width = query_shape
+    return 2 * batch * heads * length * key_shape[-2] * (width + value_shape[-1])
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """The forward scores again, and four products more."""
+    batch, heads, length, width = query
+    return 2 * batch * heads * length * key[-2] * (3 * width + 2 * value[-1])
+
+
+_OURS = {
+    torch.ops.aten.addmm_: shape_wrapper(_product_added),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_attention_backward),
+}
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up operations by torch's own formulas; its ``FlopCounterMode`` also decomposes, which changes last bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if formula := _OURS.get(packet) or flop_registry.get(packet):
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+class FlopCount:
+    """Floating-point operations of a training, counted in evenly spaced steps: matrix products and attention.
+
+    Args:
+        total: steps of the training.
+        counted: most steps that are counted; counting slows a step down.
+    """
+
+    def __init__(self, total: int, counted: int = COUNTED_STEPS) -> None:
+        self.total = total
+        self._stride = max(1, total // counted)
+        self._found: list[int] = []
+
+    @contextmanager
+    def around(self, step: int) -> Iterator[None]:
+        """Count this step if it is one of those."""
+        # In the middle of each stretch: the first step of an epoch is the widest one.
+        if step % self._stride != self._stride // 2:
+            yield
+            return
+        with _Counter() as counter:
+            yield
+        self._found.append(counter.total)
+
+    def estimate(self, steps: int) -> float:
+        """Operations of so many steps; NaN where none was counted."""
+        return sum(self._found) / len(self._found) * steps if self._found else float("nan")
+
+
+@dataclass
+class Instruments:
+    """Given to a run, they are filled by it.
+
+    Attributes:
+        counts: one per training of the run.
+        kept: every position of every source measured after training, by the source's name.
+    """
+
+    counts: list[tuple[FlopCount, Any]] = field(default_factory=list)
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    def begin(self, trainer: Any) -> None:
+        """Watch a training that is about to start."""
+        count = FlopCount(trainer.total)
+        trainer.around = count.around
+        self.counts.append((count, trainer))
+
+    def flops(self) -> float:
+        """Operations of all trainings of the run."""
+        return sum(count.estimate(trainer.session.step) for count, trainer in self.counts)
