@@ -12,7 +12,20 @@ from collections.abc import Sequence
 
 import typer
 
-from luthier.cli import check, doctor, evaluate, generate, init, merge, methods, migrate, quickstart, show_data, train
+from luthier.cli import (
+    check,
+    compare,
+    doctor,
+    evaluate,
+    generate,
+    init,
+    merge,
+    methods,
+    migrate,
+    quickstart,
+    show_data,
+    train,
+)
 from luthier.cli.common import first_process, say
 from luthier.core.errors import LuthierError
 
@@ -35,6 +48,7 @@ app.command("show-data")(show_data.show_data)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("compare")(compare.compare)
 app.command("merge")(merge.merge)
 app.command("methods")(methods.methods)
 app.command("doctor")(doctor.doctor)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+from luthier.core.store import write_json
+from luthier.models.info import read_json
 
 # How many steps of a training are counted; the others are taken to cost as much as these do on average.
 COUNTED_STEPS = 16
@@ -60,12 +64,20 @@ class FlopCount:
     Args:
         total: steps of the training.
         counted: most steps that are counted; counting slows a step down.
+        found: what was counted before a training was interrupted, by step.
+        save: called with all that was counted after each step that was.
     """
 
-    def __init__(self, total: int, counted: int = COUNTED_STEPS) -> None:
-        self.total = total
+    def __init__(
+        self,
+        total: int,
+        counted: int = COUNTED_STEPS,
+        *,
+        found: Mapping[int, int] | None = None,
+        save: Callable[[dict[int, int]], None] = lambda found: None,
+    ) -> None:
         self._stride = max(1, total // counted)
-        self._found: list[int] = []
+        self.found, self._save = dict(found or {}), save
 
     @contextmanager
     def around(self, step: int) -> Iterator[None]:
@@ -76,11 +88,12 @@ class FlopCount:
             return
         with _Counter() as counter:
             yield
-        self._found.append(counter.total)
+        self.found[step] = counter.total
+        self._save(self.found)
 
     def estimate(self, steps: int) -> float:
         """Operations of so many steps; NaN where none was counted."""
-        return sum(self._found) / len(self._found) * steps if self._found else float("nan")
+        return sum(self.found.values()) / len(self.found) * steps if self.found else float("nan")
 
 
 @dataclass
@@ -90,14 +103,22 @@ class Instruments:
     Attributes:
         counts: one per training of the run.
         kept: every position of every source measured after training, by the source's name.
+        folder: where counts are kept, so that an interrupted run loses none; None keeps them in memory.
     """
 
     counts: list[tuple[FlopCount, Any]] = field(default_factory=list)
     kept: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
     def begin(self, trainer: Any) -> None:
         """Watch a training that is about to start."""
-        count = FlopCount(trainer.total)
+        file = None if self.folder is None else self.folder / f"operations-{len(self.counts)}.json"
+        known = read_json(file) if file is not None and file.is_file() else {}
+        count = FlopCount(
+            trainer.total,
+            found={int(step): flops for step, flops in known.items()},
+            save=lambda found: None if file is None else write_json(file, found),
+        )
         trainer.around = count.around
         self.counts.append((count, trainer))
 
