@@ -102,9 +102,11 @@ class Frame:
 
     @classmethod
     def around(cls, xs: Sequence[float], ys: Sequence[float], **size: int) -> Frame:
-        """Axes from a round number to a round number around finite values."""
-        x_ticks, y_ticks = nice_ticks(min(xs), max(xs), 6), nice_ticks(min(ys), max(ys))
-        return cls((x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1]), x_ticks, y_ticks, **size)
+        """Axes a little wider than finite values, with round ticks inside."""
+        (x0, x1), (y0, y1) = _roomy(xs), _roomy(ys)
+        x_ticks = [t for t in nice_ticks(x0, x1, 6) if x0 <= t <= x1]
+        y_ticks = [t for t in nice_ticks(y0, y1) if y0 <= t <= y1]
+        return cls((x0, x1), (y0, y1), x_ticks, y_ticks, **size)
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """The drawing's coordinates of a point; what lies above or below the axis is put on its end."""
@@ -135,6 +137,12 @@ class Frame:
             f'<text class="axis" x="{middle}" y="{self.height - 4}" text-anchor="middle">{escape(x_label)}</text>'
         )
         return parts
+
+
+def _roomy(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    room = 0.05 * (high - low) or abs(high) / 10 or 1.0
+    return low - room, high + room
 
 
 def value_range(values: Sequence[float]) -> tuple[float, float]:

@@ -1,0 +1,1 @@
+"""Comparing methods: trials, statistics, and the page that shows them."""
