@@ -31,13 +31,14 @@ def score(answer: Mapping[str, Any]) -> float | None:
 def wins_and_losses(items: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """What the page's script lists: per method its counts and items, and the texts of these items.
 
-    An item is won by a method when the score of most of its seeds is above that of most of SFT's seeds, and lost when it
-    is below.
+    An item is won by a method when the score of most of its seeds is above that of most of SFT's seeds, and lost when
+    it is below.
 
     Returns:
-        ``{"methods": [{entry, name, won, lost, same, unjudged, shown: [[item, "won" | "lost"], ...]}], "items": [{row,
-        prompt, reference, answers: {entry: [{seeds, score, text}]}}], "names": {entry: name}, "base": entry, "sft": entry}``, where an entry is its
-        position and an item its position in ``items``; None where no item was judged on both sides.
+        ``methods``, each ``{entry, name, won, lost, same, unjudged, shown: [[item, "won" | "lost"], ...]}``; ``items``,
+        each ``{row, prompt, reference, answers: {entry: [{seeds, score, text}]}}``; ``names`` of the entries; and which
+        are ``base`` and ``sft``. An entry is its position in the comparison, an item its position in ``items``. None
+        where no item was judged on both sides.
     """
     kinds = {str(e["name"]): (i, e.get("kind")) for i, e in enumerate(entries)}
     sft = next((str(e["name"]) for e in entries if e.get("kind") == "sft"), None)

@@ -16,6 +16,8 @@ from luthier.runs.plots import Frame, joined, nice_ticks, thin, tick_text, value
 _COLOURS = 8
 # Width of a character of a label, in drawing units.
 _CHARACTER = 5.9
+# Labels stay right of the vertical axis' numbers.
+_AXIS = 44
 _MEAN_POINTS, _SEED_POINTS = 80, 60
 # Where a label may stand beside its point: (right, down, anchor), the best liked first.
 _PLACES = [
@@ -140,11 +142,11 @@ def trade_off(spots: Sequence[Spot], *, title: str, x_label: str, y_label: str) 
         return ""
     xs = [v for s in spots for v in (s.x, *(s.x_span or ()))]
     ys = [v for s in spots for v in (s.y, *(s.y_span or ()))]
-    frame = Frame.around(xs, ys, width=400, height=300, top=38)
+    frame = Frame.around(xs, ys, width=360, height=280, top=38)
     parts = [
         _opened(frame.width, frame.height, title, [s.words for s in spots]),
-        *frame.axes(cut(f"{x_label} →", 62)),
-        f'<text class="axis" x="4" y="13">{escape(cut(f"↑ {y_label}", 62))}</text>',
+        *frame.axes(cut(f"{x_label} →", 56)),
+        f'<text class="axis" x="4" y="13">{escape(cut(f"↑ {y_label}", 58))}</text>',
         f'<text class="way" x="50" y="{frame.top - 7}">↖ better</text>',
     ]
     if frame.x_range[0] < 0 < frame.x_range[1]:
@@ -184,7 +186,7 @@ def place_labels(
         for rank, (right, down, anchor) in enumerate(_PLACES):
             left = x + right - {"start": 0.0, "middle": length / 2, "end": length}[anchor]
             box = (left, y + down - 9, left + length, y + down + 3)
-            outside = max(0.0, 2 - box[0]) + max(0.0, box[2] - frame.width + 2)
+            outside = max(0.0, _AXIS - box[0]) + max(0.0, box[2] - frame.width + 2)
             outside += max(0.0, frame.top - box[1]) + max(0.0, box[3] - frame.height + 36)
             covered = sum(_overlap(box, other) for j, other in enumerate(taken) if j != i)
             tried.append((covered + 40 * outside + rank, box, (round(x + right, 1), round(y + down, 1), anchor)))
