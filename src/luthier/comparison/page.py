@@ -225,6 +225,6 @@ def _as_yaml(value: Any) -> str:
     if not value:
         return ""
     yaml, out = YAML(), StringIO()
-    yaml.default_flow_style = False
+    yaml.default_flow_style, yaml.width = False, 10_000
     yaml.dump(value, out)
     return out.getvalue()
