@@ -81,6 +81,79 @@ def _range(values: list[float]) -> tuple[float, float]:
     return low, high
 
 
+@dataclass(frozen=True)
+class Frame:
+    """Where the data lie in a drawing: the ranges of the axes, their ticks, and the size, all in drawing units.
+
+    Attributes:
+        x_range, y_range: the lowest and highest value at the ends of each axis.
+        x_ticks, y_ticks: the values with a label.
+        width, height: of the whole drawing.
+        top: room above the axes.
+    """
+
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    x_ticks: Sequence[float]
+    y_ticks: Sequence[float]
+    width: int = WIDTH
+    height: int = HEIGHT
+    top: int = _TOP
+
+    @classmethod
+    def around(cls, xs: Sequence[float], ys: Sequence[float], **size: int) -> Frame:
+        """Axes a little wider than finite values, with round ticks inside."""
+        (x0, x1), (y0, y1) = _roomy(xs), _roomy(ys)
+        x_ticks = [t for t in nice_ticks(x0, x1, 6) if x0 <= t <= x1]
+        y_ticks = [t for t in nice_ticks(y0, y1) if y0 <= t <= y1]
+        return cls((x0, x1), (y0, y1), x_ticks, y_ticks, **size)
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """The drawing's coordinates of a point; what lies above or below the axis is put on its end."""
+        (x0, x1), (y0, y1) = self.x_range, self.y_range
+        across = (x - x0) / (x1 - x0) if x1 > x0 else 0.5
+        up = (min(max(y, y0), y1) - y0) / (y1 - y0)
+        return (
+            round(_LEFT + across * (self.width - _LEFT - _RIGHT), 1),
+            round(self.height - _BOTTOM - up * (self.height - self.top - _BOTTOM), 1),
+        )
+
+    def axes(self, x_label: str) -> list[str]:
+        """Grid lines, ticks and the horizontal axis' label."""
+        parts = []
+        for tick in self.y_ticks:
+            _, y = self.at(self.x_range[0], tick)
+            parts.append(f'<line class="grid" x1="{_LEFT}" x2="{self.width - _RIGHT}" y1="{y}" y2="{y}"/>')
+            parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 3.5}" text-anchor="end">{tick_text(tick)}</text>')
+        for tick in self.x_ticks:
+            x, _ = self.at(tick, self.y_range[0])
+            anchor = "end" if x + 3 * len(tick_text(tick)) > self.width else "middle"
+            parts.append(
+                f'<text class="tick" x="{x}" y="{self.height - _BOTTOM + 15}" text-anchor="{anchor}">'
+                f"{tick_text(tick)}</text>"
+            )
+        middle = (_LEFT + self.width - _RIGHT) / 2
+        parts.append(
+            f'<text class="axis" x="{middle}" y="{self.height - 4}" text-anchor="middle">{escape(x_label)}</text>'
+        )
+        return parts
+
+
+def _roomy(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    room = 0.05 * (high - low) or abs(high) / 10 or 1.0
+    return low - room, high + room
+
+
+def value_range(values: Sequence[float]) -> tuple[float, float]:
+    """The range to draw: without a few spikes at the top, and with room around a constant."""
+    low, high = _range(list(values))
+    if high - low <= _FLAT * max(abs(low), abs(high)):  # a constant, but for rounding: draw it in the middle
+        margin = abs(high) / 10 or 1.0
+        low, high = low - margin, high + margin
+    return low, high
+
+
 def line_chart(series: Sequence[Series], *, title: str, x_label: str = "step", from_zero: bool = False) -> str:
     """An SVG with the curves, axes, and a title for screen readers; empty when there is nothing finite to draw.
 
@@ -95,44 +168,21 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str = "step", f
     if not curves:
         return ""
     xs = [p[0] for _, points in curves for p in points]
-    low, high = _range([y for _, points in curves for p in points for y in p[2:]])
-    if high - low <= _FLAT * max(abs(low), abs(high)):  # a constant, but for rounding: draw it in the middle
-        margin = abs(high) / 10 or 1.0
-        low, high = low - margin, high + margin
+    low, high = value_range([y for _, points in curves for p in points for y in p[2:]])
     y_ticks = nice_ticks(min(low, 0.0) if from_zero else low, high)
     x_ticks = [t for t in nice_ticks(min(xs), max(xs), 6) if min(xs) <= t <= max(xs)] or [xs[0]]
-    x0, x1, y0, y1 = min(xs), max(xs), y_ticks[0], y_ticks[-1]
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = (x - x0) / (x1 - x0) if x1 > x0 else 0.5
-        up = (min(max(y, y0), y1) - y0) / (y1 - y0)
-        return (
-            round(_LEFT + across * (WIDTH - _LEFT - _RIGHT), 1),
-            round(HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM), 1),
-        )
+    frame = Frame((min(xs), max(xs)), (y_ticks[0], y_ticks[-1]), x_ticks, y_ticks)
+    at = frame.at
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" class="chart"><title>{escape(title)}</title>']
-    for tick in y_ticks:
-        _, y = at(x0, tick)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 3.5}" text-anchor="end">{tick_text(tick)}</text>')
-    for tick in x_ticks:
-        x, _ = at(tick, y0)
-        anchor = "end" if x + 3 * len(tick_text(tick)) > WIDTH else "middle"
-        parts.append(
-            f'<text class="tick" x="{x}" y="{HEIGHT - _BOTTOM + 15}" text-anchor="{anchor}">{tick_text(tick)}</text>'
-        )
-    parts.append(
-        f'<text class="axis" x="{(_LEFT + WIDTH - _RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">'
-        f"{escape(x_label)}</text>"
-    )
+    parts += frame.axes(x_label)
     for one, points in curves:
         if any(p[3] > p[2] for p in points):
             edge = [at(p[0], p[3]) for p in points] + [at(p[0], p[2]) for p in reversed(points)]
-            parts.append(f'<polygon class="band {one.role}" points="{_joined(edge)}"/>')
+            parts.append(f'<polygon class="band {one.role}" points="{joined(edge)}"/>')
         line = [at(p[0], p[1]) for p in points]
         if len(line) > 1:
-            parts.append(f'<polyline class="curve {one.role}" points="{_joined(line)}"/>')
+            parts.append(f'<polyline class="curve {one.role}" points="{joined(line)}"/>')
         if one.dots or len(line) == 1:
             for (x, y), p in zip(line, points, strict=True):
                 label = escape(f"{one.name}: {p[1]:.4g} at {x_label} {p[0]:g}")
@@ -140,5 +190,6 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str = "step", f
     return "".join([*parts, "</svg>"])
 
 
-def _joined(points: Sequence[tuple[float, float]]) -> str:
+def joined(points: Sequence[tuple[float, float]]) -> str:
+    """Coordinates as SVG's ``points`` wants them."""
     return " ".join(f"{x:g},{y:g}" for x, y in points)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core.errors import UserError
-from luthier.core.store import write_atomic
 from luthier.models.info import read_json
 from luthier.runs import plots
 from luthier.runs import verdict as judging
 from luthier.runs.manifest import versions
+from luthier.runs.pages import write_page
 
 FILE = "report.html"
 _MOST_SAMPLES = 20
@@ -52,17 +52,11 @@ def write_report(folder: str | Path) -> Path:
     Raises:
         UserError: the folder holds none of these files, or one of them cannot be read.
     """
-    from jinja2 import Environment
-
     folder = Path(folder)
     wanted = ("recipe.yaml", "manifest.json", "metrics.jsonl", "evaluation.json", "data.json", "samples.json")
     if not any((folder / name).is_file() for name in wanted):
         raise UserError(f"is not a run's folder: it has none of {', '.join(wanted)}.", where=str(folder))
-    source = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
-    page = folder / FILE
-    write_atomic(page, template.render(**content(folder)))
-    return page
+    return write_page(folder / FILE, Path(__file__).with_name("report.html.j2"), content(folder))
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -94,7 +88,7 @@ def content(folder: Path) -> dict[str, Any]:
         "charts": _charts(records),
         "samples": [_sample(s) for s in samples[:_MOST_SAMPLES]],
         "data": _sections(_optional(folder / "data.json"), "Rows", warn=True),
-        "recipe": _coloured(recipe),
+        "recipe": coloured(recipe),
         "provenance": _sections(_provenance(manifest), "Run"),
         "version": manifest.get("versions", {}).get("luthier") or versions()["luthier"],
     }
@@ -277,8 +271,8 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     answers = []
     for key, name in (("reference", "Reference"), ("before", "Before"), ("after", "After")):
         if sample.get(key) is not None:
-            answers.append((name, _words(sample[key]), _score(sample.get(f"{key}_score"))))
-    return {"prompt": _words(sample.get("prompt", "")), "answers": answers}
+            answers.append((name, words(sample[key]), _score(sample.get(f"{key}_score"))))
+    return {"prompt": words(sample.get("prompt", "")), "answers": answers}
 
 
 def _score(score: Any) -> tuple[str, str] | None:
@@ -290,9 +284,10 @@ def _score(score: Any) -> tuple[str, str] | None:
     return (f"{value:.2f}", "same")
 
 
-def _words(value: Any) -> str:
-    words = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=1)
-    return words if len(words) <= _LONGEST_TEXT else f"{words[:_LONGEST_TEXT]}… ({len(words):,} characters)"
+def words(value: Any) -> str:
+    """A value as text, JSON where it is none; a very long one is cut, and says so."""
+    said = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=1)
+    return said if len(said) <= _LONGEST_TEXT else f"{said[:_LONGEST_TEXT]}… ({len(said):,} characters)"
 
 
 def _sections(facts: Mapping[str, Any], first: str, *, warn: bool = False) -> list[dict[str, Any]]:
@@ -347,7 +342,7 @@ def _fact(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, list):
         return ", ".join(_fact(v) for v in value[:20]) + (f", … ({len(value)})" if len(value) > 20 else "")
-    return _words(value)
+    return words(value)
 
 
 def _provenance(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -358,7 +353,7 @@ def _provenance(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {**run, **seed, **{k: manifest.get(k) or {} for k in ("model", "data", "hardware", "versions")}}
 
 
-def _coloured(recipe: str) -> Any:
+def coloured(recipe: str) -> Any:
     """The recipe's text with keys and comments marked."""
     from markupsafe import Markup
 
