@@ -222,7 +222,7 @@ def _differences(
     confidence: float,
 ) -> None:
     """Fill ``entries[...][key]``: against the reference on the seeds both have, Holm's correction over the methods."""
-    other = measured[reference]
+    other = measured.get(reference)
     if not other:
         return
     for metric in metrics:
