@@ -131,8 +131,9 @@ def test_structure_for_screen_readers(tmp_path: Path) -> None:
 
 def test_nothing_of_the_data_becomes_markup(tmp_path: Path) -> None:
     plain, evil = page_of(comparison(), tmp_path), page_of(hostile(), tmp_path)
-    assert [tag for tag, _ in evil.tags] == [tag for tag, _ in plain.tags]
-    assert [set(a) for _, a in evil.tags] == [set(a) for _, a in plain.tags]
+    # Drawings with long names say where to look them up, in one text more.
+    assert [tag for tag, _ in evil.tags if tag != "text"] == [tag for tag, _ in plain.tags if tag != "text"]
+    assert [set(a) for tag, a in evil.tags if tag != "text"] == [set(a) for tag, a in plain.tags if tag != "text"]
     assert evil.open == []
     assert "<script>alert(1)</script>" in evil.text
     assert "{{7*7}}&amp;" in evil.text
@@ -205,6 +206,14 @@ def test_a_group_that_was_not_measured(tmp_path: Path, group: str) -> None:
     assert titles[group] not in page.words
     assert ("Gain against forgetting" in page.text) == (group not in ("target", "keep"))
     assert ("Gain against cost" in page.text) == (group != "target")
+
+
+def test_a_group_without_a_title_is_shown_under_its_name(tmp_path: Path) -> None:
+    found = comparison()
+    found["metrics"].append({"name": "drift/weights", "group": "speed of light", "label": "Again", "unit": "share"})
+    page = page_of(found, tmp_path)
+    assert "speed of light" in page.words
+    assert "Again" in page.text
 
 
 def test_a_task_that_does_not_write(tmp_path: Path) -> None:
@@ -316,8 +325,10 @@ def test_labels_in_a_trade_off_do_not_cover_each_other() -> None:
     frame = Frame((0, 1), (0, 1), [0, 1], [0, 1], width=360, height=280, top=38)
     points = [(150.0 + 9 * i, 150.0 + 5 * (i % 3)) for i in range(5)]
     labels = [f"{i} method" for i in range(5)]
+    places, covered = plots.place_labels(points, labels, frame)
+    assert covered < 12 * len(points)
     boxes = []
-    for (x, y, anchor), label in zip(plots.place_labels(points, labels, frame), labels, strict=True):
+    for (x, y, anchor), label in zip(places, labels, strict=True):
         length = 5.9 * len(label)
         left = x - {"start": 0, "middle": length / 2, "end": length}[anchor]
         boxes.append((left, y - 9, left + length, y + 3))
@@ -328,6 +339,15 @@ def test_labels_in_a_trade_off_do_not_cover_each_other() -> None:
         if min(a[2], b[2]) > max(a[0], b[0]) and min(a[3], b[3]) > max(a[1], b[1])
     ]  # fmt: skip
     assert sum(overlaps) == 0
+
+
+def test_in_a_crowd_only_numbers_are_written() -> None:
+    names = plots.looks(["base", *(f"method-with-a-name-{i}" for i in range(12))], ["base", *["method"] * 12])
+    spots = [plots.Spot(look, 5 + 0.1 * (i % 4), 3 + 0.05 * (i % 5)) for i, look in enumerate(names)]
+    root = ET.fromstring(plots.trade_off([*spots, plots.Spot(names[0], 0, 0)], title="t", x_label="x", y_label="y"))
+    written = [t.text for t in root.iter("text") if t.get("class") == "name"]
+    assert written == ["base", *map(str, range(1, 13)), "base"]
+    assert "numbers as in the table" in "".join(root.itertext())
 
 
 def test_the_front_is_drawn_through_its_points() -> None:

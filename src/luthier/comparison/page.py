@@ -60,7 +60,6 @@ def content(comparison: Mapping[str, Any]) -> dict[str, Any]:
         "findings": findings[1:],
         "groups": _groups(metrics, costs, primary),
         "rows": [_row(e, look, metrics, costs) for e, look in zip(entries, looks, strict=True)],
-        "primary": {m["name"] for m in primary.values()},
         "confidence": f"{100 * (judging.number(comparison.get('confidence')) or 0.95):g} %",
         "seeds": len(comparison.get("seeds") or []),
         "differences": charts.differences(entries, looks, primary),
@@ -69,7 +68,7 @@ def content(comparison: Mapping[str, Any]) -> dict[str, Any]:
         "reliability": charts.reliability(entries, looks),
         "items": items,
         "payload": Markup(embedded(items)) if items else "",
-        "details": [_details(e, look, metrics, primary) for e, look in zip(entries, looks, strict=True)],
+        "details": [_details(e, look, metrics) for e, look in zip(entries, looks, strict=True)],
         "recipe": coloured(str(comparison.get("recipe") or "")),
         "notes": [str(n) for n in comparison.get("notes") or []],
         "cost_note": str(comparison.get("cost_note") or ""),
@@ -88,11 +87,16 @@ def embedded(value: Any) -> str:
     return text
 
 
+def titles(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The groups in the order of the page with their titles; those that the page has no title for come last."""
+    return GROUPS | {g: g for m in metrics if (g := str(m.get("group"))) not in GROUPS}
+
+
 def primaries(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """The one metric that speaks for each group: the marked one, else the first."""
-    found = {}
-    for group in GROUPS:
-        own = [m for m in metrics if m.get("group") == group]
+    found: dict[str, Mapping[str, Any]] = {}
+    for group in titles(metrics):
+        own = [m for m in metrics if str(m.get("group")) == group]
         if own:
             found[group] = next((m for m in own if m.get("primary")), own[0])
     return found
@@ -120,7 +124,7 @@ def _groups(
 ) -> list[dict[str, Any]]:
     """Column groups of the table; ``few`` columns of each are shown before the reader asks for all."""
     groups = []
-    for group, title in GROUPS.items():
+    for group, title in titles(metrics).items():
         columns = [
             {
                 "name": str(m["name"]),
@@ -130,7 +134,7 @@ def _groups(
                 "main": m is primary.get(group),
             }
             for m in metrics
-            if m.get("group") == group
+            if str(m.get("group")) == group
         ]
         if columns:
             groups.append({"title": title, "columns": columns, "few": 1})
@@ -184,12 +188,7 @@ def _reasons(entry: Mapping[str, Any]) -> list[str]:
     return told if told or not own else [str(own)]
 
 
-def _details(
-    entry: Mapping[str, Any],
-    look: plots.Look,
-    metrics: Sequence[Mapping[str, Any]],
-    primary: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
+def _details(entry: Mapping[str, Any], look: plots.Look, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What an entry is and everything that was measured on it."""
     rows = []
     for metric in metrics:
@@ -209,7 +208,7 @@ def _details(
                 "reason": t.get("reason") or "",
                 "folder": t.get("folder") or "",
                 "steps": cost_text("steps", t.get("steps")),
-                "alone": {True: "alone", False: "beside others"}.get(t.get("alone"), "–"),  # type: ignore[call-overload]
+                "alone": {True: "alone", False: "beside others"}.get(t.get("alone"), "–"),
             }
             for t in entry.get("trials") or []
         ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from luthier.comparison import page_plots as plots
 from luthier.comparison.page_values import GROUPS, cost_text, measured
@@ -68,6 +68,14 @@ def _markup(svg: str) -> Any:
     return Markup(svg)
 
 
+class _Place(NamedTuple):
+    """Where an entry stands on one axis, with its interval and in words."""
+
+    value: float
+    span: tuple[float, float] | None
+    words: str
+
+
 def trade_offs(
     comparison: Mapping[str, Any],
     entries: Sequence[Mapping[str, Any]],
@@ -78,60 +86,61 @@ def trade_offs(
     """Gain against forgetting, and gain against cost; a trade-off without its two measures is left out."""
     if "target" not in primary:
         return []
-    target, fronts, drawn = primary["target"], comparison.get("pareto") or {}, []
-    gains = [_from_base(entries, e, target, good=True) for e in entries]
-    unit = _axis_unit(str(target.get("unit") or ""))[1]
-    y_label = ", ".join(p for p in (f"gain over base: {target.get('label') or target['name']}", unit) if p)
+    fronts = comparison.get("pareto") or {}
+    gains, y_label = _since_base(entries, primary["target"], good=True)
+    drawn = []
     if "keep" in primary:
-        keep = primary["keep"]
-        losses = [_from_base(entries, e, keep, good=False) for e in entries]
-        unit = _axis_unit(str(keep.get("unit") or ""))[1]
-        label = ", ".join(p for p in (f"forgetting since base: {keep.get('label') or keep['name']}", unit) if p)
-        front = fronts.get("gain_forgetting") or []
-        drawn.append(("Gain against forgetting", label, losses, front, [x and x[2] for x in losses]))
-    cost = _plotted_cost(fronts, entries, costs)
-    if cost is not None:
-        amounts = [
-            0.0 if e.get("kind") == "base" else judging.number((e.get("cost") or {}).get(cost["name"])) for e in entries
-        ]
-        largest = max((a for a in amounts if a is not None), default=0.0)
-        factor, unit = _cost_scale(str(cost["name"]), largest, str(cost.get("unit") or ""))
-        label = ", ".join(p for p in (str(cost.get("label") or cost["name"]), unit) if p)
-        points = [None if a is None else (a * factor, None, cost_text(str(cost["name"]), a)) for a in amounts]
-        drawn.append(("Gain against cost", label, points, fronts.get("gain_cost") or [], [p and p[2] for p in points]))
+        drawn.append(("forgetting", *_since_base(entries, primary["keep"], good=False), "gain_forgetting"))
+    if cost := _plotted_cost(fronts, entries, costs):
+        drawn.append(("cost", *_costs(entries, cost), "gain_cost"))
     found = []
-    for title, x_label, across, front, words in drawn:
-        spots = [
-            plots.Spot(
-                look, x[0], up[0], x[1], up[1], look.name in front,
-                f"{look.name}: gain {up[2]}, {'forgetting' if 'forgetting' in title else 'cost'} {told}"
-                + (", on the front" if look.name in front else ""),
-            )
-            for look, x, up, told in zip(looks, across, gains, words, strict=True)
-            if x is not None and up is not None
-        ]  # fmt: skip
-        svg = plots.trade_off(spots, title=title, x_label=x_label, y_label=y_label)
-        if svg and len(spots) > 1:
-            on = [s.look.name for s in spots if s.front]
-            found.append({"title": title, "svg": _markup(svg), "front": on})
+    for against, across, x_label, key in drawn:
+        front = fronts.get(key) or []
+        spots = []
+        for look, x, y in zip(looks, across, gains, strict=True):
+            if x is not None and y is not None:
+                on = look.name in front
+                words = f"{look.name}: gain {y.words}, {against} {x.words}" + (", on the front" if on else "")
+                spots.append(plots.Spot(look, x.value, y.value, x.span, y.span, on, words))
+        if len(spots) > 1:
+            title = f"Gain against {against}"
+            svg = plots.trade_off(spots, title=title, x_label=x_label, y_label=y_label)
+            found.append({"title": title, "svg": _markup(svg), "front": [s.look.name for s in spots if s.front]})
     return found
 
 
-def _from_base(
-    entries: Sequence[Mapping[str, Any]], entry: Mapping[str, Any], metric: Mapping[str, Any], *, good: bool
-) -> tuple[float, tuple[float, float] | None, str] | None:
-    """(change since the base, its interval, in words), counted so that more is better (``good``) or worse."""
-    base = next((e for e in entries if e.get("kind") == "base"), {})
-    before, after = (
-        judging.number(((e.get("values") or {}).get(metric["name"]) or {}).get("value")) for e in (base, entry)
-    )
-    if before is None or after is None:
-        return None
+def _since_base(
+    entries: Sequence[Mapping[str, Any]], metric: Mapping[str, Any], *, good: bool
+) -> tuple[list[_Place | None], str]:
+    """Every entry's change since the base, counted so that more is better (``good``) or worse, and the axis' label."""
+
+    def value(entry: Mapping[str, Any]) -> float | None:
+        return judging.number(((entry.get("values") or {}).get(metric["name"]) or {}).get("value"))
+
     unit = str(metric.get("unit") or "")
     sign = 1.0 if (metric.get("direction") == "higher") == good else -1.0
-    factor = sign * _axis_unit(unit)[0]
-    paired = (entry.get("vs_base") or {}).get(metric["name"]) or {}
-    return (after - before) * factor, _span(paired, factor), judging.text(sign * (after - before), unit, signed=True)
+    factor, shown_unit = _axis_unit(unit)
+    before = next((value(e) for e in entries if e.get("kind") == "base"), None)
+    places: list[_Place | None] = []
+    for entry in entries:
+        after = value(entry)
+        if before is None or after is None:
+            places.append(None)
+        else:
+            change = sign * (after - before)
+            span = _span((entry.get("vs_base") or {}).get(metric["name"]) or {}, sign * factor)
+            places.append(_Place(change * factor, span, judging.text(change, unit, signed=True)))
+    what = "gain over base" if good else "forgetting since base"
+    return places, ", ".join(p for p in (f"{what}: {metric.get('label') or metric['name']}", shown_unit) if p)
+
+
+def _costs(entries: Sequence[Mapping[str, Any]], cost: Mapping[str, Any]) -> tuple[list[_Place | None], str]:
+    """Every entry's cost, none for the base, and the axis' label."""
+    name = str(cost["name"])
+    amounts = [0.0 if e.get("kind") == "base" else judging.number((e.get("cost") or {}).get(name)) for e in entries]
+    factor, unit = _cost_scale(name, max(a for a in amounts if a is not None), str(cost.get("unit") or ""))
+    places = [None if a is None else _Place(a * factor, None, cost_text(name, a)) for a in amounts]
+    return places, ", ".join(p for p in (str(cost.get("label") or name), unit) if p)
 
 
 def _plotted_cost(

@@ -16,6 +16,9 @@ from luthier.runs.plots import Frame, joined, nice_ticks, thin, tick_text, value
 _COLOURS = 8
 # Width of a character of a label, in drawing units.
 _CHARACTER = 5.9
+# Area that labels may cover per point, in square units, before only numbers are written.
+_CROWDED = 12.0
+_KEY = "numbers as in the table"
 # Labels stay right of the vertical axis' numbers.
 _AXIS = 44
 _MEAN_POINTS, _SEED_POINTS = 80, 60
@@ -25,6 +28,7 @@ _PLACES = [
     (8, -8, "start"), (-8, -8, "end"), (8, 16, "start"), (-8, 16, "end"),
     (9, -20, "start"), (-9, -20, "end"), (9, 28, "start"), (-9, 28, "end"), (0, -24, "middle"), (0, 31, "middle"),
 ]  # fmt: skip
+_SIGNS = {"better": " ▲ better", "worse": " ▼ worse"}
 Box = tuple[float, float, float, float]
 
 
@@ -47,7 +51,7 @@ class Look:
     @property
     def label(self) -> str:
         """Short enough to stand in a drawing."""
-        return f"{self.number} {shortened(self.name)}" if self.number else self.name
+        return f"{self.number} {shortened(self.name)}".strip()
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,9 @@ def differences(spots: Sequence[Spot], *, title: str, x_label: str) -> str:
     for i, s in enumerate(spots):
         y = top + row * i + 24
         parts.append(f'<g class="{s.verdict}"><title>{escape(s.words)}</title>')
-        parts.append(f'<text class="name" x="{left}" y="{y - 10}">{escape(s.look.label)}</text>')
+        parts.append(
+            f'<text class="name" x="{left}" y="{y - 10}">{escape(s.look.label)}{_SIGNS.get(s.verdict, "")}</text>'
+        )
         if s.x_span:
             parts.append(_whisker([(at(v), y) for v in s.x_span]))
         parts.append(f'<circle class="spot front" cx="{at(s.x)}" cy="{y}" r="4.5"/></g>')
@@ -157,29 +163,34 @@ def trade_off(spots: Sequence[Spot], *, title: str, x_label: str, y_label: str) 
     if len(front) > 1:
         parts.append(_line("front", [frame.at(s.x, s.y) for s in front]))
     points = [frame.at(s.x, s.y) for s in spots]
-    places = place_labels(points, [s.look.label for s in spots], frame)
-    for s, (cx, cy), (x, y, anchor) in zip(spots, points, places, strict=True):
+    labels = [s.look.label for s in spots]
+    places, covered = place_labels(points, labels, frame)
+    if covered > _CROWDED * len(spots):
+        labels = [s.look.number or s.look.label for s in spots]
+        places, _ = place_labels(points, labels, frame)
+        parts.append(f'<text class="tick" x="{frame.width - 12}" y="{frame.top - 7}" text-anchor="end">{_KEY}</text>')
+    names = []
+    for s, (cx, cy), label, (x, y, anchor) in zip(spots, points, labels, places, strict=True):
+        names.append(f'<text class="name" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(label)}</text>')
         parts.append(f'<g class="{s.look.role}"><title>{escape(s.words)}</title>')
         parts += [_whisker([frame.at(v, s.y) for v in s.x_span])] if s.x_span else []
         parts += [_whisker([frame.at(s.x, v) for v in s.y_span])] if s.y_span else []
         mark = "spot front" if s.front else "spot"
-        parts.append(
-            f'<circle class="{mark}" cx="{cx}" cy="{cy}" r="5"/>'
-            f'<text class="name" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(s.look.label)}</text></g>'
-        )
-    return "".join([*parts, "</svg>"])
+        parts.append(f'<circle class="{mark}" cx="{cx}" cy="{cy}" r="5"/></g>')
+    return "".join([*parts, *names, "</svg>"])
 
 
 def place_labels(
     points: Sequence[tuple[float, float]], labels: Sequence[str], frame: Frame
-) -> list[tuple[float, float, str]]:
-    """(x, y, anchor) of each label, beside its point where it covers least.
+) -> tuple[list[tuple[float, float, str]], float]:
+    """(x, y, anchor) of each label, beside its point where it covers least, and the area that is covered all the same.
 
     Greedy, from the top of the drawing down: of the places around a point the one is taken that overlaps the labels
     placed before, the points, and the drawing's edge least.
     """
     taken: list[Box] = [(x - 6, y - 6, x + 6, y + 6) for x, y in points]
     placed: dict[int, tuple[float, float, str]] = {}
+    total = 0.0
     for i in sorted(range(len(points)), key=lambda i: points[i][1]):
         (x, y), length = points[i], _CHARACTER * len(labels[i])
         tried = []
@@ -189,10 +200,12 @@ def place_labels(
             outside = max(0.0, _AXIS - box[0]) + max(0.0, box[2] - frame.width + 2)
             outside += max(0.0, frame.top - box[1]) + max(0.0, box[3] - frame.height + 36)
             covered = sum(_overlap(box, other) for j, other in enumerate(taken) if j != i)
-            tried.append((covered + 40 * outside + rank, box, (round(x + right, 1), round(y + down, 1), anchor)))
-        _, box, placed[i] = min(tried)
+            place = (round(x + right, 1), round(y + down, 1), anchor)
+            tried.append((covered + 40 * outside + rank, covered, box, place))
+        _, covered, box, placed[i] = min(tried)
+        total += covered
         taken.append(box)
-    return [placed[i] for i in range(len(points))]
+    return [placed[i] for i in range(len(points))], total
 
 
 def _overlap(a: Box, b: Box) -> float:

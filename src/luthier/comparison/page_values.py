@@ -26,7 +26,7 @@ def measured(entry: Mapping[str, Any], metric: Mapping[str, Any], against: str) 
     """A value with its interval, and its difference with interval and verdict where there is one."""
     unit = str(metric.get("unit") or "")
     value = (entry.get("values") or {}).get(metric["name"]) or {}
-    cell = {
+    cell: dict[str, Any] = {
         "sort": judging.number(value.get("value")),
         "text": judging.text(value.get("value"), unit),
         "interval": judging.interval(value, unit),
