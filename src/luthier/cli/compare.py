@@ -22,10 +22,14 @@ def compare(
             "sft[training.learning_rate=1e-4]'. The base and plain SFT are always in.",
         ),
     ] = "",
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds of every entry, counted up from the recipe's.")] = 3,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="Seeds of every entry, counted up from the recipe's.")
+    ] = 3,
     budget: Annotated[
         str | None,
-        typer.Option("--budget", help="For every trial: tokens=N (supervised), flops=N or seconds=N.", show_default=False),
+        typer.Option(
+            "--budget", help="For every trial: tokens=N (supervised), flops=N or seconds=N.", show_default=False
+        ),
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Trials side by side, once costs are known.")] = 1,
     ray: Annotated[

@@ -1,4 +1,4 @@
-"""From finished trials to ``comparison.json``: values, differences with their verdicts, costs, curves, fronts, findings."""
+"""From finished trials to ``comparison.json``: values, differences with verdicts, costs, curves, fronts, findings."""
 
 from __future__ import annotations
 
@@ -197,19 +197,15 @@ def _cost_note(entries: Sequence[Mapping[str, Any]], jobs: int) -> str:
 
 def _curve(folder: Path) -> list[dict[str, Any]]:
     """Logged losses over the supervised tokens seen so far."""
-    points, supervised = [], 0.0
-    last = 0
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if (folder / "metrics.jsonl").is_file() else []:
-        record = json.loads(line)
-        if record.get("split") != "train":
-            continue
-        seconds = record["tokens"] / record["tokens_per_second"] if record.get("tokens") else None
-        supervised += record.get("supervised_per_second", 0.0) * seconds if seconds else 0.0
-        points.append(
-            {"step": record["step"], "supervised": round(supervised), "loss": record.get("loss"), "nll": record.get("nll")}
-        )
-        last = record["step"]
-    return points if last else []
+    file = folder / "metrics.jsonl"
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    points, supervised = [], 0
+    for record in records:
+        if record.get("split") == "train":
+            supervised += record["supervised"]
+            point = {"step": record["step"], "supervised": supervised}
+            points.append({**point, "loss": record.get("loss"), "nll": record.get("nll")})
+    return points
 
 
 def _differences(
@@ -239,9 +235,7 @@ def _differences(
             if result is not None:
                 found.append((entry, result, len(both)))
         methods = [f for f in found if f[0]["kind"] == "method"]
-        adjusted = dict(
-            zip((f[0]["name"] for f in methods), holm([f[1].p_value for f in methods]), strict=True)
-        )
+        adjusted = dict(zip((f[0]["name"] for f in methods), holm([f[1].p_value for f in methods]), strict=True))
         for entry, result, seeds in found:
             p_holm = adjusted.get(entry["name"], result.p_value)
             entry.setdefault(key, {})[metric.name] = {
@@ -260,8 +254,8 @@ def _differences(
 def verdict(found: PairedDifference, p_holm: float, direction: str, confidence: float) -> str:
     """``better``, ``worse``, ``same`` (no difference that can be told) or ``unknown``.
 
-    A difference is called one only when its interval excludes zero and its p-value, corrected for the number of methods,
-    is below one minus the confidence.
+    A difference is called one only when its interval excludes zero and its p-value, corrected for the number of
+    methods, is below one minus the confidence.
     """
     if math.isnan(found.p_value):
         return "unknown"
@@ -270,9 +264,7 @@ def verdict(found: PairedDifference, p_holm: float, direction: str, confidence: 
     return "better" if (found.value > 0) == (direction == "higher") else "worse"
 
 
-def _items(
-    lines: Sequence[Line], measured: Mapping[str, Mapping[int, Measured]], root: Path
-) -> list[dict[str, Any]]:
+def _items(lines: Sequence[Line], measured: Mapping[str, Mapping[int, Measured]], root: Path) -> list[dict[str, Any]]:
     """Answers of every entry to the target's prompts; nothing where the task does not write."""
     base = next(line for line in lines if line.kind == "base")
     file = base.trials[0].folder(root) / "texts.json"
@@ -349,8 +341,10 @@ def findings(made: Mapping[str, Any]) -> list[str]:
         for e in methods
         if target and (d := e.get("vs_sft", {}).get(target["name"])) and d["verdict"] == "same"
     ]
-    if target and methods and not any(
-        e.get("vs_sft", {}).get(target["name"], {}).get("verdict") == "better" for e in methods
+    if (
+        target
+        and methods
+        and not any(e.get("vs_sft", {}).get(target["name"], {}).get("verdict") == "better" for e in methods)
     ):
         said.insert(0, "No method beats plain SFT on the target by a difference that can be told from chance.")
     if unclear:

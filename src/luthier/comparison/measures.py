@@ -76,13 +76,13 @@ class Measured:
     _sums: dict[str, Ratio] = field(default_factory=dict)
 
     @cached_property
-    def positions(self) -> dict[str, Arrays]:
+    def positions(self) -> dict[str, dict[str, NDArray[Any]]]:
         """Source -> arrays over its measured positions."""
         found: dict[str, dict[str, NDArray[Any]]] = {}
         for name, array in load_file(self.folder / "rows.safetensors").items():
             source, _, column = name.rpartition("/")
             found.setdefault(source, {})[column] = array
-        return found  # type: ignore[return-value]
+        return found
 
     @cached_property
     def evaluation(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Measured:
 
     @cached_property
     def drift(self) -> dict[str, float]:
-        """``kl`` (nats, tuned from base on held-out rows) and ``weights`` (relative change), where they were measured."""
+        """``kl`` (nats, tuned from base, held-out rows) and ``weights`` (relative change), where they were measured."""
         file = self.folder / "analysis.json"
         if not file.is_file():
             return {}
@@ -120,7 +120,7 @@ class Measured:
         if metric == "entity_f1":
             return self._entity_sums(arrays, rows)
         value_N = VALUES[metric](arrays)
-        return np.bincount(arrays["row"], value_N, minlength=rows), np.bincount(arrays["row"], minlength=rows).astype(float)
+        return _summed(arrays["row"], value_N, rows), _summed(arrays["row"], np.ones_like(value_N), rows)
 
     def _entity_sums(self, arrays: Arrays, rows: int) -> Ratio:
         twice_right, predicted_and_true = np.zeros(rows), np.zeros(rows)
@@ -132,6 +132,11 @@ class Measured:
             twice_right[row] += 2 * len(guess & truth)
             predicted_and_true[row] += len(guess) + len(truth)
         return twice_right, predicted_and_true
+
+
+def _summed(index_N: NDArray[Any], value_N: NDArray[Any], size: int) -> NDArray[np.float64]:
+    """[size] sums of the values by index."""
+    return np.bincount(index_N, value_N, minlength=size).astype(np.float64)
 
 
 def _correct(arrays: Arrays) -> NDArray[np.float64]:
@@ -153,14 +158,12 @@ BINS = calibration.BINS
 def calibration_error(arrays: Arrays, keep_N: NDArray[np.bool_] | slice = slice(None)) -> float:
     """ECE with bins of equal mass over the positions that are kept."""
     log_confidence = arrays["top1_logp"][keep_N].astype(np.float64)
-    value_N3 = np.stack([np.ones_like(log_confidence), np.exp(log_confidence), _correct(arrays)[keep_N]], axis=1)
-    cells = np.stack(
-        [
-            np.bincount(calibration.confidence_cell(log_confidence), value_N3[:, i], minlength=calibration.CELLS)
-            for i in range(3)
-        ]
+    cell_N = calibration.confidence_cell(log_confidence)
+    count_C, confidence_C, correct_C = (
+        _summed(cell_N, value_N, calibration.CELLS)
+        for value_N in (np.ones_like(log_confidence), np.exp(log_confidence), _correct(arrays)[keep_N])
     )
-    return calibration.binned_error(*calibration.equal_mass_bins(*cells, BINS))
+    return calibration.binned_error(*calibration.equal_mass_bins(count_C, confidence_C, correct_C, BINS))
 
 
 def reliability(arrays: Arrays) -> list[dict[str, float]]:
@@ -264,10 +267,14 @@ def compare(
     def without(arm: int, group: int) -> float:
         keep_N = group_N != groups[group]
         return (
-            calibration_error(arms[arm], keep_N) if name == "ece" else f1_macro(arms[arm], keep_N, len(method[0].labels))
+            calibration_error(arms[arm], keep_N)
+            if name == "ece"
+            else f1_macro(arms[arm], keep_N, len(method[0].labels))
         )
 
-    same = all(np.array_equal(a[k], b[k]) for a, b in zip(arms[: len(method)], arms[len(method) :], strict=True) for k in a)
+    same = all(
+        np.array_equal(a[k], b[k]) for a, b in zip(arms[: len(method)], arms[len(method) :], strict=True) for k in a
+    )
     v_items = 0.0 if same else group_variance(without, len(arms), groups.size)
     rows = int(np.unique(arms[0]["row"]).size)
     return difference(per_seed, v_items, rows, degrees=groups.size - 1, confidence=confidence)
@@ -277,7 +284,13 @@ def absolute(metric: Metric, trials: Sequence[Measured], *, confidence: float) -
     """Mean over seeds with its interval, and the value of each seed."""
     source, name = _place(metric)
     per_seed = [value(metric, trial) for trial in trials]
-    made: dict[str, Any] = {"value": float(np.mean(per_seed)), "per_seed": per_seed, "n": None, "low": None, "high": None}
+    made: dict[str, Any] = {
+        "value": float(np.mean(per_seed)),
+        "per_seed": per_seed,
+        "n": None,
+        "low": None,
+        "high": None,
+    }
     if math.isnan(made["value"]) or metric.group == "drift":
         return made
     if name not in ("ece", "f1_macro"):

@@ -1,17 +1,18 @@
-"""Where trials run: processes on this machine, or tasks of a Ray cluster. Both start a trial, look after it and stop it."""
+"""Where trials run: processes of this machine, or tasks of a Ray cluster."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
 from pathlib import Path
 from typing import Any, Protocol
 
+from luthier.comparison.trial import KEPT, command, environment
 from luthier.core.errors import UserError, missing_extra
 from luthier.core.store import write_atomic
-from luthier.comparison.trial import KEPT, command, environment
 
 # How long a trial that was asked to stop may take to save itself.
 PATIENCE_SECONDS = 60
@@ -66,7 +67,9 @@ def _in_task(folder: str, files: dict[str, bytes], threads: int) -> tuple[int, d
         done = subprocess.run(
             command(place), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment(threads), check=False
         )
-    found = {name: (place / name).read_bytes() for name in (*KEPT, "texts.json", "data.json") if (place / name).is_file()}
+    found = {
+        name: (place / name).read_bytes() for name in (*KEPT, "texts.json", "data.json") if (place / name).is_file()
+    }
     return done.returncode, found
 
 
@@ -88,7 +91,7 @@ class RayPool:
         self.ray = ray
         try:
             if not ray.is_initialized():
-                ray.init(address=address, log_to_driver=False, logging_level="error")
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"--ray: no cluster answers at '{address}' ({' '.join(str(error).split())[:200]}). Start one with: ray "

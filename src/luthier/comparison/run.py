@@ -63,7 +63,9 @@ class Comparison:
             raise UserError("--seeds and --jobs must be 1 or more.")
         self.entries = reading.parse([methods] if isinstance(methods, str) else list(methods))
         self.budget = check_budget(budget)
-        source = {**(recipe if isinstance(recipe, Mapping) else {}), **sections} if recipe is None or sections else recipe
+        source = (
+            {**(recipe if isinstance(recipe, Mapping) else {}), **sections} if recipe is None or sections else recipe
+        )
         if isinstance(source, str | Path) and (Path(source) / "recipe.yaml").is_file():
             source = Path(source) / "recipe.yaml"
         self.root = Path(output) if output else None
@@ -105,7 +107,10 @@ class Comparison:
         return [trial(BASE, self.plans[SFT, seed], kind="base") for seed in seeds]
 
     def run(
-        self, observe: Observe = lambda trial, state, reason: None, *, update: Callable[[dict[str, Any]], None] | None = None
+        self,
+        observe: Observe = lambda trial, state, reason: None,
+        *,
+        update: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any]:
         """Run what is not stored yet and write ``comparison.json`` and ``comparison.html``.
 
@@ -192,7 +197,10 @@ class Comparison:
         # The length of the schedule does not matter to a probe, but it must be longer than the probe is.
         probes = {
             entry.name: trial(
-                entry.name, self._plan(entry, self._common(), self.seeds[0], 1_000_000), kind="probe", budget=self.budget
+                entry.name,
+                self._plan(entry, self._common(), self.seeds[0], 1_000_000),
+                kind="probe",
+                budget=self.budget,
             )
             for entry in (self.plain, *self.entries)
         }
@@ -204,7 +212,7 @@ class Comparison:
         return {name: int(found["steps"]) if found else plain for name, found in results.items()}
 
     def _equal_tokens(self, lines: Sequence[Line], failed: Mapping[str, str]) -> list[Line]:
-        """Lines beside those whose rows or tokens differ from plain SFT's: the same methods at equal supervised tokens."""
+        """Lines beside those that train on other tokens than plain SFT: the same methods at equal supervised tokens."""
         assert self.root is not None
         root, found = self.root, []
         plain = {t.seed: r["cost"]["supervised_tokens"] for t in lines[1].trials if (r := t.result(root))}
@@ -248,7 +256,9 @@ class Comparison:
     def _notes(self) -> list[str]:
         notes = []
         if len(self.seeds) == 1:
-            notes.append("With one seed the intervals are of the items alone: what another seed would give is not known.")
+            notes.append(
+                "With one seed the intervals are of the items alone: what another seed would give is not known."
+            )
         if not self.keep_models:
             notes.append("The trained models were deleted after they had been measured (--keep-models keeps them).")
         return notes

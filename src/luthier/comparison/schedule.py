@@ -11,6 +11,8 @@ import psutil
 
 from luthier.comparison.pools import Pool
 from luthier.comparison.trial import Trial, clean, prepare, reason
+from luthier.core.errors import LuthierError
+from luthier.models.info import read_json
 
 State = Literal["waiting", "running", "done", "failed"]
 Observe = Callable[[Trial, State, str | None], None]
@@ -96,3 +98,37 @@ def _may_start(
     results = [t.result(root) for t in trials]
     peaks = [r["cost"].get("peak_memory_bytes") or 0 for r in results if r and "cost" in r]
     return psutil.virtual_memory().available > HEADROOM * max(peaks, default=0)
+
+
+def run_to(trial: Trial, root: Path, pool: Pool, *, threads: int, until: int | None) -> dict[str, Any]:
+    """Run one trial alone, to its end or to a step, from where it was stopped before.
+
+    Args:
+        trial: the trial.
+        root: the folder of all trials.
+        pool: where it runs.
+        threads: of its process.
+        until: stop after this step, with a checkpoint; None runs it to its end.
+
+    Returns:
+        Its result, or ``{"status": "paused", "step": ...}``.
+
+    Raises:
+        LuthierError: it failed; with its reason.
+    """
+    if (known := trial.result(root)) is not None:
+        return known
+    folder = prepare(trial, root, threads=threads, alone=True, until=until)
+    (folder / "paused.json").unlink(missing_ok=True)
+    handle = pool.start(folder, threads=threads, alone=True)
+    try:
+        while (status := pool.poll(handle)) is None:
+            time.sleep(POLL_SECONDS)
+    except BaseException:
+        pool.stop([handle])
+        raise
+    if status == 0 and (result := trial.result(root)) is not None:
+        return result
+    if status == 0 and (folder / "paused.json").is_file():
+        return read_json(folder / "paused.json")
+    raise LuthierError(f"the trial of '{trial.entry}' (seed {trial.seed}) failed: {reason(folder)}")

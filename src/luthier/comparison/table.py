@@ -21,7 +21,7 @@ _SHOWN_COSTS = ("seconds", "flops", "peak_memory_bytes", "trainable_share")
 
 
 def table(made: Mapping[str, Any]) -> Table:
-    """Entries as rows; of each group the metric that speaks for it, with the verdict against plain SFT, and the cost."""
+    """Entries as rows: the metric that speaks for each group with its verdict against plain SFT, and the cost."""
     chosen = [m for m in made["metrics"] if m["primary"]]
     shown = Table(title=escape(made["title"]), header_style="bold", box=None, pad_edge=False)
     shown.add_column("")
@@ -34,7 +34,9 @@ def table(made: Mapping[str, Any]) -> Table:
     for entry in made["entries"]:
         cells = [_value(entry, metric) for metric in chosen]
         if entry["status"] in ("failed", "waiting") and not entry["values"]:
-            shown.add_row(_name(entry), Text(entry["reason"] or entry["status"], style="red" if entry["reason"] else "dim"))
+            shown.add_row(
+                _name(entry), Text(entry["reason"] or entry["status"], style="red" if entry["reason"] else "dim")
+            )
             continue
         shown.add_row(_name(entry), *cells, *(_cost(entry, c) for c in costs))
     return shown
@@ -80,12 +82,11 @@ def quantity(value: float, unit: str) -> str:
 def legend(made: Mapping[str, Any]) -> list[str]:
     """What the marks mean."""
     level = f"{100 * made['confidence']:.0f}%"
-    lines = [
-        f"▲ better, ▼ worse than plain SFT: the {level} interval (±) over items and {len(made['seeds'])} seeds excludes "
-        "zero, after Holm's correction; ≈ no difference can be told.",
+    return [
+        f"▲ better, ▼ worse than plain SFT: the {level} interval (±) over items and {len(made['seeds'])} seeds "
+        "excludes zero, after Holm's correction; ≈ no difference can be told.",
         made["cost_note"],
     ]
-    return lines
 
 
 class Watch:
@@ -120,7 +121,9 @@ class Watch:
         if self._lines and (before is None or before[1] != state) and state in ("done", "failed"):
             held = f", held to {trial.held_to}" if trial.held_to == "tokens" else ""
             said = f"{trial.entry}, seed {trial.seed}{held} ({trial.kind}): {state}"
-            self.console.print(f"{said}{f' - {reason}' if reason else ''}", markup=False, highlight=False, soft_wrap=True)
+            self.console.print(
+                f"{said}{f' - {reason}' if reason else ''}", markup=False, highlight=False, soft_wrap=True
+            )
 
     def update(self, made: Mapping[str, Any]) -> None:
         """The comparison as it stands."""

@@ -1,9 +1,9 @@
 """One trial: a run in a process of its own, stored by the content of everything that decides its numbers.
 
 A trial's folder holds ``recipe.yaml`` and ``spec.json`` (what to do), ``log.txt``, what was measured
-(``evaluation.json``, ``rows.safetensors``, ``metrics.jsonl``, ``analysis.json``) and at the end ``result.json``. A trial
-whose result is there is not run again; one that was killed goes on from its last checkpoint, or from the start, to the
-same numbers.
+(``evaluation.json``, ``rows.safetensors``, ``metrics.jsonl``, ``analysis.json``) and at the end ``result.json``. A
+trial whose result is there is not run again; one that was killed goes on from its last checkpoint, or from the start,
+to the same numbers.
 """
 
 from __future__ import annotations
@@ -203,9 +203,7 @@ def _run(plan: Any, folder: Path, spec: Mapping[str, Any]) -> dict[str, Any]:
     plan.recipe.output = str(out)
     until = spec.get("until")
     try:
-        run = execute(
-            plan, resume=(out / "recipe.yaml").is_file(), quiet=True, until=until, instruments=instruments
-        )
+        run = execute(plan, resume=(out / "recipe.yaml").is_file(), quiet=True, until=until, instruments=instruments)
     except Interrupted:
         if until is None:
             raise

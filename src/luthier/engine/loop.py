@@ -247,7 +247,8 @@ class Trainer:
             count = sum(part[name][1] for part, _ in gathered if name in part)
             record[name] = amount / count if count else 0.0
         for name in ("tokens", "supervised"):
-            record[f"{name}_per_second"] = sum(c[name] for _, c in gathered) / max(seconds, 1e-9)
+            record[name] = sum(c[name] for _, c in gathered)
+            record[f"{name}_per_second"] = record[name] / max(seconds, 1e-9)
         self._since = {}
         return record
 

@@ -46,7 +46,7 @@ def normalise_torch(
         if scratch is not None:
             x = scratch[: x.shape[0]].copy_(x)
         target = target_C[part, None]
-        # One pass for the logarithms and one for their exponentials; a row's largest is sought only where it is asked for.
+        # One pass for the logarithms, one for their exponentials; a row's largest is sought only where it is asked for.
         logp = torch.log_softmax(x, -1, out=x)
         if "logp" in names:
             found["logp"][part] = logp.gather(1, target).squeeze(1)

@@ -5,8 +5,9 @@ With items i = 1..n, seeds s = 1..K and a metric that is a ratio of sums over it
 
     d = mean_s d_s,   d_s = m_s(method) - m_s(reference)
 
-Two things make d uncertain. Which items were asked: ``v_items``, the variance of d when the items are resampled (the same
-resample for both methods and all seeds, which keeps them paired). Which seeds were drawn: ``v_seeds = var_s(d_s) / K``.
+Two things make d uncertain. Which items were asked: ``v_items``, the variance of d when the items are resampled (the
+same resample for both methods and all seeds, which keeps them paired). Which seeds were drawn: ``v_seeds = var_s(d_s) /
+K``.
 Resampling three seeds cannot show a variance that three values do not hold (it is too small by (K - 1) / K and its
 quantiles are far too near), so the interval is Student's:
 
@@ -157,9 +158,7 @@ def compare_ratios(
     if len(method) != len(reference) or len(sizes) != 1:
         raise ValueError("a paired comparison needs the same seeds and the same items on both sides")
     per_seed = [ratio(a) - ratio(b) for a, b in zip(method, reference, strict=True)]
-    same = all(
-        np.array_equal(x, y) for a, b in zip(method, reference, strict=True) for x, y in zip(a, b, strict=True)
-    )
+    same = all(np.array_equal(x, y) for a, b in zip(method, reference, strict=True) for x, y in zip(a, b, strict=True))
     v_items = 0.0 if same else item_variance(method, reference, samples=samples, seed=seed)
     return difference(per_seed, v_items, sizes.pop(), confidence=confidence)
 

@@ -30,7 +30,9 @@ def _attention(query_shape: Any, key_shape: Any, value_shape: Any, *_: Any, out_
     return 2 * batch * heads * length * key_shape[-2] * (width + value_shape[-1])
 
 
-def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _attention_backward(
+    gradient: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
     """The forward scores again, and four products more."""
     batch, heads, length, width = query
     return 2 * batch * heads * length * key[-2] * (3 * width + 2 * value[-1])
