@@ -71,8 +71,10 @@ def folded(
     """Weight and bias of the operation with the affine in them, in the weight's type; computed in float32 or finer.
 
     Args:
-        weight, bias: of the operation.
-        scale_C, shift_C: the affine.
+        weight: of the operation.
+        bias: of the operation, or None.
+        scale_C: of the affine, or None for 1.
+        shift_C: of the affine, or None for 0.
         dim: the dimension of the weight that is the output channel.
         offset: what the norm adds to its weight before it multiplies with it (1 for Gemma's).
     """

@@ -87,7 +87,10 @@ class SiteLayer(torch.nn.Module, BaseTunerLayer):
 
     @property
     def acting(self) -> str | None:
-        """The adapter that the forward pass must apply itself; None where it is off or already in the weights."""
+        """The adapter that the forward pass must apply itself; None where it is off or already in the weights.
+
+        Asked before the base's layer runs: an adapter that is off is first taken out of the weights.
+        """
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()

@@ -112,6 +112,13 @@ def repeats(made: Plan) -> None:
 def adapters(made: Plan) -> None:
     """Refuse weight operations, which read whole tensors, after a method that leaves an adapter."""
     for choice in made.parameters if made.weights else ():
+        if reason := getattr(choice.method.target, "unmergeable", ""):
+            op = made.weights[0]
+            raise UserError(
+                f"{op.key}: '{op.slug}' works on a whole model, but of '{choice.slug}' ({choice.key}): {reason}. Way "
+                f"out: remove '{op.slug}'.",
+                where=op.place,
+            )
         if choice.options.get("merge") is False:
             op = made.weights[0]
             raise UserError(

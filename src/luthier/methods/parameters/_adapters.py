@@ -18,6 +18,14 @@ FREEZES = {
     "parameters:half-ft": "half-ft trains tensors of the base and an adapter freezes them; name one of the two",
 }
 
+ADAPTERS = ("dora", "ia3", "lora", "loramoe", "prefix-tuning", "prompt-tuning", "qlora", "scale-shift-features")
+
+
+def alone(slug: str) -> dict[str, str]:
+    """The conflicts of an adapter with the others: a saved folder holds one."""
+    reason = f"a model is saved with one adapter; merge that of one run, and train '{slug}' on the result"
+    return {f"parameters:{other}": reason for other in ADAPTERS if other != slug}
+
 
 def task_name(ctx: Context) -> str:
     """The task's name, before training and in it."""

@@ -38,7 +38,7 @@ from luthier.core.errors import UserError
 from luthier.core.protocols import Context
 from luthier.core.registry import parameters
 from luthier.functional.affine_sites import SITES, block_of, find_sites, possible_biases, shared, tables
-from luthier.methods.parameters._adapters import FREEZES, Adapter, common, drawing
+from luthier.methods.parameters._adapters import FREEZES, Adapter, alone, common, drawing
 
 Site = Literal["embed", "norm", "qkv", "proj", "fc1", "fc2", "conv", "final"]
 NOISE = 0.02
@@ -58,11 +58,7 @@ def without_bias(model: torch.nn.Module, paths: list[str], biases: dict[str, str
 @parameters(
     "scale-shift-features",
     example={"init": "identity"},
-    conflicts={
-        **FREEZES,
-        "parameters:lora": "lora wraps the same linear maps; merge one of the two first, then train the other on it",
-        "parameters:ia3": "ia3 scales the same channels; name one of the two",
-    },
+    conflicts={**FREEZES, **alone("scale-shift-features")},
     paper="Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning, 2022, arXiv 2210.08823",
 )
 class ScaleShiftFeatures(Adapter):

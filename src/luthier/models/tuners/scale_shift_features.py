@@ -68,15 +68,13 @@ class ScaleShiftLayer(SiteLayer):
         if self.leader:
             return self.leader[0].values(adapter_name)[0], None
         scale, shift = (getattr(self, name) for name in (SCALE, SHIFT))
-        return (
-            1.0 + scale[adapter_name] if adapter_name in scale else None,
-            shift[adapter_name] if adapter_name in shift else None,
-        )
+        return 1.0 + scale[adapter_name] if adapter_name in scale else None, shift.get(adapter_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The operation's output, scaled and shifted."""
+        name = self.acting
         y = self.base_layer(*args, **kwargs)
-        return y if (name := self.acting) is None else affine(y, *self.values(name), self.axis)
+        return y if name is None else affine(y, *self.values(name), self.axis)
 
     @torch.no_grad()
     def fold(self, adapter_name: str, sign: int) -> None:
