@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 
+from luthier.core.errors import LuthierError
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -226,6 +228,25 @@ class Loss:
     unit: Unit = "token"
     metrics: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
+    def plus(self, term: Loss, totals: Mapping[str, float], label: str, factor: float = 1.0) -> Loss:
+        """This loss and ``factor`` times another, of which each ends as a mean over its own unit.
+
+        Args:
+            term: the loss to add; its metrics come along under ``<label>/``.
+            totals: the counts of the whole step by unit (``ctx.totals``); they must have both units.
+            label: what the term is called.
+            factor: its weight.
+        """
+        for unit in (self.unit, term.unit):
+            if unit not in totals:
+                raise LuthierError(f"'{label}' adds to a loss that counts in '{unit}', of which there is no total.")
+        scaled = term.sum * (factor * totals[self.unit] / max(totals[term.unit], 1e-12))
+        own = {
+            f"{label}/loss": (term.sum.detach(), term.weight),
+            **{f"{label}/{k}": v for k, v in term.metrics.items()},
+        }
+        return Loss(self.sum + scaled, self.weight, self.unit, {**self.metrics, **own})
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -331,6 +352,14 @@ class Hooks(Protocol):
 
     def counts(self, batch: Batch, ctx: Context) -> dict[str, float]:
         """What the loss divides by, of a micro-batch; ``ctx.totals`` has the sums over the whole step and all ranks."""
+
+    def auxiliary(self, model: Any, batch: Batch, ctx: Context) -> Loss:
+        """A term to add to the objective's loss of a micro-batch, divided by its own count (see ``ctx.totals``).
+
+        Called when the objective has run the model and before the backward pass. What a module of the model computed on
+        the way it keeps itself, but not while the forward pass is only repeated for gradient checkpointing
+        (:func:`luthier.functional.recording.recording`). The objective's own count must be a function of the batch.
+        """
 
     def record(self) -> Any:
         """JSON to keep in the run's ``methods.json``: what was drawn, chosen or found."""

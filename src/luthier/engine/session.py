@@ -238,7 +238,7 @@ class Session:
             return loss
 
         if not objective.needs.positionwise:
-            return measured(self.forward(batch), batch)
+            return self.stack.complete(measured(self.forward(batch), batch), batch, self)
 
         def consume(encoded: Encoded) -> Loss:
             if encoded.logits_NV is not None:
@@ -251,7 +251,7 @@ class Session:
         with self.autocast():
             loss = self.module(batch, self.stack.needs.hidden, consume)
         self._encoded_of, self._encoded = None, {}
-        return loss
+        return self.stack.complete(loss, batch, self)
 
     @torch.no_grad()
     def evaluate_batch(self, batch: Batch, statistics: tuple[str, ...]) -> Outputs:

@@ -62,19 +62,10 @@ class WeightedSum:
 
     def loss(self, out: Outputs, batch: Batch, ctx: Context) -> Loss:
         """Each part's sum over the step's count of its unit, brought to the scale of the token count."""
-        tokens = ctx.totals["token"]
-        total: torch.Tensor | None = None
-        metrics: dict[str, tuple[Any, Any]] = {}
+        total = Loss(sum=batch.weight_N.new_zeros(()), weight=batch.weight_N.sum())
         for label, part, factor in self.parts:
-            loss = part.loss(out, batch, ctx)
-            if loss.unit not in ctx.totals:
-                raise LuthierError(f"objective '{label}' counts in '{loss.unit}', which a weighted sum does not know.")
-            term = loss.sum * (factor * tokens / max(ctx.totals[loss.unit], 1e-12))
-            total = term if total is None else total + term
-            metrics[f"{label}/loss"] = (loss.sum.detach(), loss.weight)
-            metrics.update({f"{label}/{k}": v for k, v in loss.metrics.items()})
-        assert total is not None
-        return Loss(sum=total, weight=batch.weight_N.sum(), metrics=metrics)
+            total = total.plus(part.loss(out, batch, ctx), ctx.totals, label, factor)
+        return total
 
 
 def as_objective(built: Any) -> Objective:
@@ -121,12 +112,20 @@ class Stack:
     def counts(self, batches: Sequence[Batch], ctx: Any) -> dict[str, float]:
         """What losses are divided by, summed over micro-batches: tokens, examples, and what methods count."""
         counters = [m.counts for m in self.named.values() if hasattr(m, "counts")]
-        found = {"token": 0.0, "sequence": 0.0}
+        found = {"token": 0.0, "sequence": 0.0, "batch": 0.0}
         for batch in batches:
-            own = [{"token": batch.weight_N.sum(), "sequence": batch.examples * bool(batch.weight_N.any())}]
+            used = bool(batch.weight_N.any())
+            own = [{"token": batch.weight_N.sum(), "sequence": batch.examples * used, "batch": used}]
             for name, value in (pair for more in (*own, *(c(batch, ctx) for c in counters)) for pair in more.items()):
                 found[name] = found.get(name, 0.0) + float(value)
         return found
+
+    def complete(self, loss: Loss, batch: Batch, ctx: Any) -> Loss:
+        """The objective's loss of a micro-batch with the terms of the hook ``auxiliary``."""
+        for name, method in self.named.items():
+            if hasattr(method, "auxiliary"):
+                loss = loss.plus(method.auxiliary(ctx.model, batch, ctx), ctx.totals, name)
+        return loss
 
     def state(self) -> dict[str, Any]:
         """The state of every method that has one."""

@@ -292,6 +292,9 @@ def _open_adapter(model: Any, folder: Path, base: Path) -> Any:
     """The base with the adapter in it; every tensor of the adapter must find its place."""
     import peft
 
+    from luthier.models import peft_types
+
+    peft_types.ensure(str(read_json(folder / "adapter_config.json").get("peft_type")))
     stored = set(Shards(folder).names())
     recorded = read_json(p).get("base_fingerprint") if (p := folder / "luthier.json").is_file() else None
     if recorded and recorded != fingerprint(base):

@@ -17,6 +17,7 @@ import torch
 from luthier.core.errors import LuthierError, UserError
 from luthier.core.rng import stream
 from luthier.core.store import atomic_folder, write_json
+from luthier.functional.adapters import quantized, untie
 from luthier.models.load import Loaded, load
 from luthier.models.save import RECORD, prompts_of, write_model, write_processor
 
@@ -105,7 +106,7 @@ def merge_loaded(
     adapted = _logits(model, inputs)
     with model.disable_adapter():
         effect = _difference(adapted, _logits(model, inputs))
-    untied = _untie(model)
+    untied = untie(model)
     merged = model.merge_and_unload(safe_merge=True)
     limit = _TOLERANCE[dtype] if tolerance is None else tolerance
     largest = max(float(x.abs().max()) for x in adapted)
@@ -145,8 +146,9 @@ def _check_mergeable(model: Any, where: str) -> None:
         raise UserError(
             f"an adapter of type {getattr(kind, 'value', kind)} cannot be merged into weights.", where=where
         )
-    base = model.get_base_model()
-    if getattr(base.config, "quantization_config", None) is not None:
+    if reason := getattr(model.base_model, "unmergeable", ""):
+        raise UserError(f"{reason} There is nothing to merge; keep using the adapter.", where=where)
+    if quantized(model):
         raise UserError(
             "its base is quantised, and merging into quantised weights changes them; name the unquantised base as "
             "base_model_name_or_path in adapter_config.json.",
@@ -175,18 +177,3 @@ def _logits(model: Any, inputs: list[dict[str, torch.Tensor]]) -> list[torch.Ten
 
 def _difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
-
-
-def _untie(model: Any) -> bool:
-    """Give the output embedding its own weights when the adapter changes one of two tied embeddings."""
-    base = model.get_base_model()
-    pair = (base.get_input_embeddings(), base.get_output_embeddings())
-    if pair[0] is None or pair[1] is None or not getattr(base.config, "tie_word_embeddings", False):
-        return False
-    plain = [getattr(m, "base_layer", m) for m in pair]
-    changed = [m is not p for m, p in zip(pair, plain, strict=True)]
-    if not any(changed) or plain[0].weight is not plain[1].weight:
-        return False
-    plain[1].weight = torch.nn.Parameter(plain[1].weight.detach().clone(), requires_grad=False)
-    base.config.tie_word_embeddings = False
-    return True

@@ -79,16 +79,21 @@ def tasks(made: Plan) -> None:
 
 
 def sum(made: Plan) -> None:
-    """Refuse a weighted sum with a term whose divisor depends on the model."""
-    if len(made.objective) < 2:
+    """Refuse a term of a sum whose divisor depends on the model: beside other terms, or beside what a method adds."""
+    adding = next((c for c in made.choices() if hasattr(c.method.target, "auxiliary")), None)
+    if len(made.objective) < 2 and adding is None:
         return
     for choice in made.objective:
         if not choice.needs.fixed_weight:
-            raise UserError(
-                f"{choice.key}: '{choice.slug}' divides by a count that depends on the model, so it cannot be one "
-                "term of a weighted sum. Way out: give it as the only objective.",
-                where=choice.place,
-            )
+            said = f"'{choice.slug}' divides by a count that depends on the model, so "
+            if len(made.objective) > 1:
+                said += "it cannot be one term of a weighted sum. Way out: give it as the only objective."
+            elif adding is not None:
+                said += (
+                    f"'{adding.slug}' ({adding.key}) cannot add a term to it. Way out: remove '{adding.slug}', or "
+                    "choose a fixed denominator in the objective's options."
+                )
+            raise UserError(f"{choice.key}: {said}", where=choice.place)
 
 
 def repeats(made: Plan) -> None:
@@ -107,6 +112,13 @@ def repeats(made: Plan) -> None:
 def adapters(made: Plan) -> None:
     """Refuse weight operations, which read whole tensors, after a method that leaves an adapter."""
     for choice in made.parameters if made.weights else ():
+        if reason := getattr(choice.method.target, "unmergeable", ""):
+            op = made.weights[0]
+            raise UserError(
+                f"{op.key}: '{op.slug}' works on a whole model, but of '{choice.slug}' ({choice.key}): {reason}. Way "
+                f"out: remove '{op.slug}'.",
+                where=op.place,
+            )
         if choice.options.get("merge") is False:
             op = made.weights[0]
             raise UserError(

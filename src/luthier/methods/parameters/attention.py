@@ -28,8 +28,8 @@ import torch
 from luthier.core.errors import UserError
 from luthier.core.protocols import Context
 from luthier.core.registry import parameters
+from luthier.functional.adapters import heads, linear_modules
 from luthier.functional.tensor_selection import Unit, block_units
-from luthier.methods.parameters.lora import heads, linear_modules
 
 _FEED_FORWARD = re.compile(r"mlp|ffn?(_|\d|$)|feed_?forward|gate|up_proj", re.IGNORECASE)
 _ATTENDS = re.compile(r"attn|attention|qkv|(^|_)[qkv](_|$)", re.IGNORECASE)

@@ -19,22 +19,16 @@ Example::
 
 from __future__ import annotations
 
-import copy
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 
-from luthier.core.errors import UserError, did_you_mean
+from luthier.core.errors import UserError
 from luthier.core.protocols import Context
 from luthier.core.registry import parameters
-from luthier.functional.tensor_selection import block_units
-
-_TASK_TYPES = {
-    "causal-lm": "CAUSAL_LM",
-    "sequence-classification": "SEQ_CLS",
-    "token-classification": "TOKEN_CLS",
-}
+from luthier.functional.adapters import block_targets, named_targets
+from luthier.methods.parameters._adapters import Adapter, common, drawing
 
 
 @parameters(
@@ -45,8 +39,10 @@ _TASK_TYPES = {
     },
     paper="LoRA: Low-Rank Adaptation of Large Language Models, 2021, arXiv 2106.09685",
 )
-class LowRankAdaptation:
+class LowRankAdaptation(Adapter):
     """Low-rank adaptation: a frozen base with small trained matrices beside each linear map."""
+
+    slug, marks = "lora", ("lora_",)
 
     def __init__(
         self,
@@ -76,95 +72,21 @@ class LowRankAdaptation:
         """The model with adapters, drawn from the ``init`` stream; only they (and a new head) are open."""
         import peft
 
-        task = str(getattr(ctx.task, "name", ctx.task))
         config = peft.LoraConfig(
-            task_type=_TASK_TYPES.get(task),
+            **common(model, ctx),
             r=self.rank,
             # peft annotates an integer but computes with any number.
             lora_alpha=int(self.alpha) if self.alpha.is_integer() else self.alpha,
             lora_dropout=self.dropout,
             target_modules=self._targets(model),
-            modules_to_save=None if task == "causal-lm" else heads(model),
             use_rslora=self.rslora,
             use_dora=self.dora,
             init_lora_weights=True if self.init == "default" else self.init,
         )
-        # peft draws from the global generator: lend it our stream and give it back untouched.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(ctx.rng("init", "lora").initial_seed())
+        with drawing(ctx, "lora"):
             return peft.get_peft_model(model, config)
 
-    def groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
-        """The adapter's matrices, the row norms of dora and the head."""
-        own = ("lora_", "modules_to_save")
-        opened = [p for n, p in model.named_parameters() if p.requires_grad and any(part in n for part in own)]
-        return [{"params": opened}]
-
-    def on_grad(self, model: torch.nn.Module, ctx: Context) -> None:
-        """Nothing to do."""
-
-    def on_step(self, model: torch.nn.Module, ctx: Context) -> None:
-        """Nothing to do."""
-
-    def state(self) -> dict[str, Any]:
-        """No state beside the weights."""
-        return {}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
-
-    def export(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The peft model, saved as a standard adapter; with ``merge`` a copy with the adapter added into the base."""
-        if not self.merge:
-            return model
-        # Merging unloads the adapter, and training may go on.
-        merged: Any = copy.deepcopy(model)
-        return merged.merge_and_unload(safe_merge=True)
-
     def _targets(self, model: torch.nn.Module) -> list[str]:
-        linear = linear_modules(model)
         if self.target_modules is None:
-            return block_targets(model)
-        for name in self.target_modules:
-            if not any(path == name or path.endswith(f".{name}") for path in linear):
-                known = sorted({path.rpartition(".")[2] for path in linear})
-                raise UserError(
-                    f"lora: target_modules: no linear module is called '{name}'.{did_you_mean(name, known)} "
-                    f"This model has: {', '.join(known)}."
-                )
-        return list(self.target_modules)
-
-
-def linear_modules(model: torch.nn.Module) -> list[str]:
-    """Paths of the linear maps (also transformers' transposed ``Conv1D``)."""
-    return [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
-    ]
-
-
-def block_targets(model: torch.nn.Module) -> list[str]:
-    """Names of the linear maps inside the transformer blocks, short where the short name means nothing else.
-
-    Raises:
-        UserError: the model has no recognisable blocks.
-    """
-    inside = {u.name for u in block_units({n: tuple(p.shape) for n, p in model.named_parameters()})}
-    linear = linear_modules(model)
-    wanted = [path for path in linear if path in inside]
-    if not wanted:
-        raise UserError(
-            f"lora: found no linear maps in transformer blocks of {type(model).__name__}; name them in target_modules."
-        )
-    short = sorted({path.rpartition(".")[2] for path in wanted})
-    ambiguous = any(path.rpartition(".")[2] in short for path in linear if path not in inside)
-    return wanted if ambiguous else short
-
-
-def heads(model: torch.nn.Module) -> list[str]:
-    """Names of the modules outside the backbone that hold weights: a classification head."""
-    backbone = getattr(model, "base_model_prefix", "")
-    return [
-        name for name, child in model.named_children() if name != backbone and any(True for _ in child.parameters())
-    ]
+            return block_targets(model, self.slug)
+        return named_targets(model, self.target_modules, self.slug)

@@ -1,0 +1,1 @@
+"""The layers of our own adapter types, one file each; see :mod:`luthier.models.peft_types`."""
