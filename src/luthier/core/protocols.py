@@ -275,6 +275,12 @@ class Context(Protocol):
     device: torch.device
     totals: dict[str, float]
     model: Any
+    learning_rate: float
+    grad_factor: float
+    optimizer: Any
+
+    def loss(self, batch: Batch) -> Loss:
+        """The recipe's objective on a micro-batch of the step, with a graph."""
 
     def forward(
         self,
@@ -331,6 +337,21 @@ class Hooks(Protocol):
 
     def counts(self, batch: Batch, ctx: Context) -> dict[str, float]:
         """What the loss divides by, of a micro-batch; ``ctx.totals`` has the sums over the whole step and all ranks."""
+
+    def before_step(self, batches: Sequence[Batch], ctx: Context) -> None:
+        """Before the first forward pass of a step, of which ``batches`` are this rank's micro-batches.
+
+        What is trained may change here (``requires_grad``); the optimiser is then rebuilt. Moments of a tensor that
+        comes back are kept where ``ctx.optimizer.state`` holds them at that moment.
+        """
+
+    def update(self, model: Any, ctx: Context) -> None:
+        """After clipping and before the optimiser's step: a method with an update rule of its own applies it here.
+
+        It moves its tensors at ``ctx.learning_rate`` and takes their gradients away (``grad = None``), so that the
+        optimiser leaves them alone; what it remembers belongs in :meth:`state`. ``ctx.grad_factor`` is what the summed
+        gradients of the step were multiplied by.
+        """
 
     def record(self) -> Any:
         """JSON to keep in the run's ``methods.json``: what was drawn, chosen or found."""
