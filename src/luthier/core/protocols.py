@@ -356,6 +356,12 @@ class Hooks(Protocol):
     def record(self) -> Any:
         """JSON to keep in the run's ``methods.json``: what was drawn, chosen or found."""
 
+    def delta(self, model: Any) -> tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]:
+        """After training and before ``export``: what it changed, to be kept in the run's ``delta/``.
+
+        Differences by tensor name (:mod:`luthier.functional.differences`), and full values of tensors the base has not.
+        """
+
     def finish_model(self, model: Any, processor: Any) -> None:
         """After training, before the model is saved: undo what only training needed."""
 
@@ -398,7 +404,10 @@ class Parameters(Protocol):
     """What is trained and how it is parameterised. The engine first freezes all; ``apply`` opens its claim."""
 
     def apply(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
-        """Set ``requires_grad`` (and add adapters); return the model to train. Deterministic in the ``init`` stream."""
+        """Set ``requires_grad`` (and add adapters); return the model to train. Deterministic in the ``init`` stream.
+
+        A procedure may tell more in ``ctx.given[slug]``; ``ctx.stage`` counts the trainings of the run.
+        """
 
     def groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
         """Optimiser groups over what it opened, ``lr_scale`` and ``weight_decay`` being optional keys of each."""
