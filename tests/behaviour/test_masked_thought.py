@@ -31,8 +31,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import MemoryRows, TinyProcessor, make_session, settings
 from luthier.core import registry
+from luthier.core.memory import keep_pages
 from luthier.engine.loop import Trainer
-from luthier.engine.memory import keep_pages
 from luthier.methods.analysis.masked_thought import Dependence
 from luthier.methods.transforms.masked_thought import MaskedThought
 

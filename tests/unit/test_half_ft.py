@@ -241,7 +241,10 @@ def test_a_fused_matrix_counts_as_three_units_and_held_rows_do_not_move(make, di
         moved = (after[name] != before[name]).reshape(before[name].shape)
         along = moved if moved.dim() == 1 else moved.any(dim=1 - dim)
         mask = method._masks[name].flatten()
-        assert bool((along == mask).all()), name
+        assert not bool((along & ~mask).any()), name
+        # Attention does not depend on the keys' bias, so its gradient is zero but for rounding.
+        if not name.endswith("bias"):
+            assert bool(along[mask].all()), name
 
 
 def test_an_unknown_fused_layout_is_one_unit_with_a_warning():

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from luthier.core.errors import LuthierError, UserError
+from luthier.core.memory import keep_pages
 from luthier.core.protocols import Batch, Loss
 from luthier.engine.head import Head, LogitsOutputs
-from luthier.engine.memory import keep_pages
 from luthier.functional import chunked_projection
 from luthier.functional.logit_rows import STATISTICS, choose, normalise_torch
 

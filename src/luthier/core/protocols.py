@@ -296,6 +296,12 @@ class Context(Protocol):
     device: torch.device
     totals: dict[str, float]
     model: Any
+    learning_rate: float
+    grad_factor: float
+    optimizer: Any
+
+    def loss(self, batch: Batch) -> Loss:
+        """The recipe's objective on a micro-batch of the step, with a graph."""
 
     def forward(
         self,
@@ -361,8 +367,29 @@ class Hooks(Protocol):
         (:func:`luthier.functional.recording.recording`). The objective's own count must be a function of the batch.
         """
 
+    def before_step(self, batches: Sequence[Batch], ctx: Context) -> None:
+        """Before the first forward pass of a step, of which ``batches`` are this rank's micro-batches.
+
+        What is trained may change here (``requires_grad``); the optimiser is then rebuilt. Moments of a tensor that
+        comes back are kept where ``ctx.optimizer.state`` holds them at that moment.
+        """
+
+    def update(self, model: Any, ctx: Context) -> None:
+        """After clipping and before the optimiser's step: a method with an update rule of its own applies it here.
+
+        It moves its tensors at ``ctx.learning_rate`` and takes their gradients away (``grad = None``), so that the
+        optimiser leaves them alone; what it remembers belongs in :meth:`state`. ``ctx.grad_factor`` is what the summed
+        gradients of the step were multiplied by.
+        """
+
     def record(self) -> Any:
         """JSON to keep in the run's ``methods.json``: what was drawn, chosen or found."""
+
+    def delta(self, model: Any) -> tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]:
+        """After training and before ``export``: what it changed, to be kept in the run's ``delta/``.
+
+        Differences by tensor name (:mod:`luthier.functional.differences`), and full values of tensors the base has not.
+        """
 
     def finish_model(self, model: Any, processor: Any) -> None:
         """After training, before the model is saved: undo what only training needed."""
@@ -406,7 +433,10 @@ class Parameters(Protocol):
     """What is trained and how it is parameterised. The engine first freezes all; ``apply`` opens its claim."""
 
     def apply(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
-        """Set ``requires_grad`` (and add adapters); return the model to train. Deterministic in the ``init`` stream."""
+        """Set ``requires_grad`` (and add adapters); return the model to train. Deterministic in the ``init`` stream.
+
+        A procedure may tell more in ``ctx.given[slug]``; ``ctx.stage`` counts the trainings of the run.
+        """
 
     def groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
         """Optimiser groups over what it opened, ``lr_scale`` and ``weight_decay`` being optional keys of each."""

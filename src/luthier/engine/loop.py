@@ -111,7 +111,7 @@ class Trainer:
         session.total_epochs = self.order.locate(self.total - 1)[0] + 1
         session.stack.call("prepare", session, data)
         session.processes.shard_again(session.module)
-        self.optimizer = make_optimizer(session.model, session.stack, training)
+        self.optimizer = session.optimizer = make_optimizer(session.model, session.stack, training)
         self._parameters = list(session.model.parameters())
         self._opened = [p.requires_grad for p in self._parameters]
         self.best: float | None = None
@@ -182,6 +182,9 @@ class Trainer:
         counts = session.stack.counts(batches, session)
         session.totals = dict(zip(counts, session.processes.sum(list(counts.values())), strict=True))
         rate = training.learning_rate * schedule_factor(training.schedule, session.step, self.total, training.warmup)
+        session.learning_rate = rate
+        session.stack.call("before_step", batches, session)
+        self._reopen()
         set_learning_rate(self.optimizer, rate)
         losses: list[Loss] = []
         for micro, batch in enumerate(batches):
@@ -195,22 +198,28 @@ class Trainer:
         self._guard(value, batches)
         grads = gradients(self.optimizer)
         # DDP and FSDP average over ranks; the loss is divided by the weight of the whole step instead.
-        torch._foreach_mul_(grads, session.processes.world / weight if weight > 0 else 0.0)
+        session.grad_factor = session.processes.world / weight if weight > 0 else 0.0
+        torch._foreach_mul_(grads, session.grad_factor)
         for method in session.stack.parameters:
             method.on_grad(session.model, session)
         norm = gradient_norm(grads)
         self._guard(norm, batches)
         clip(grads, norm, training.max_grad_norm)
+        session.stack.call("update", session.model, session)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for method in session.stack.parameters:
             method.on_step(session.model, session)
-        opened = [p.requires_grad for p in self._parameters]
-        if opened != self._opened:
-            self._opened = opened
-            self.optimizer = rebuild(self.optimizer, session.model, session.stack, training)
+        self._reopen()
         session.step += 1
         self._record(losses, batches, value, weight, norm, rate)
+
+    def _reopen(self) -> None:
+        """Rebuild the optimiser where a method has changed what is trained."""
+        opened = [p.requires_grad for p in self._parameters]
+        if opened != self._opened:
+            self._opened, session = opened, self.session
+            self.optimizer = session.optimizer = rebuild(self.optimizer, session.model, session.stack, self.training)
 
     def _record(
         self, losses: list[Loss], batches: list[Batch], value: float, weight: float, norm: float, rate: float
@@ -313,7 +322,7 @@ class Trainer:
             for name, value in model.items():
                 target = own[name] if name in own else buffers[name]
                 target.copy_(processes.like(value, target))
-        self.optimizer = make_optimizer(session.model, session.stack, self.training)
+        self.optimizer = session.optimizer = make_optimizer(session.model, session.stack, self.training)
         self._opened = [p.requires_grad for p in self._parameters]
         load_optimizer_state(self.optimizer, self._names(), optimizer, processes.like)
         session.step = self._saved = state["step"]

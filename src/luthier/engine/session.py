@@ -82,6 +82,8 @@ class Session:
         self.total_steps: int | None = None
         self.total_epochs = 1
         self.totals: dict[str, float] = {}
+        self.learning_rate, self.grad_factor = 0.0, 1.0
+        self.optimizer: Any = None
         self.logged: dict[str, float] = {}
         self.model: Any = model.to(self.device)
         self._models = {name: m.to(self.device).eval().requires_grad_(False) for name, m in (models or {}).items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -142,12 +142,19 @@ class Stack:
 
 @dataclass(frozen=True)
 class Setup:
-    """The context of methods before training starts: what is known when parameters are opened."""
+    """The context of methods before training starts: what is known when parameters are opened.
+
+    Attributes:
+        stage: how many trainings of the run came before this one.
+        given: what the procedure tells the methods of this training, by slug.
+    """
 
     seed: int
     task: Any
     processor: Any
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    stage: int = 0
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     def rng(self, name: str, *keys: object) -> torch.Generator:
         """A generator of the named stream."""

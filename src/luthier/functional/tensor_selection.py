@@ -258,14 +258,15 @@ def matching(units: Sequence[Unit], patterns: Iterable[str]) -> tuple[set[str], 
     chosen: set[str] = set()
     idle = []
     for pattern in patterns:
-        fits = {u.name for u in units if any(_fits(n, pattern) for n in (u.name, *u.tensors))}
-        chosen |= fits
-        if not fits:
+        named = {u.name for u in units if any(fits(n, pattern) for n in (u.name, *u.tensors))}
+        chosen |= named
+        if not named:
             idle.append(pattern)
     return chosen, idle
 
 
-def _fits(name: str, pattern: str) -> bool:
+def fits(name: str, pattern: str) -> bool:
+    """Whether a path is the pattern or ends with it; ``*`` and ``?`` stand for any characters."""
     # "[" is a character of the names of fused parts, not a set of characters.
     literal = pattern.replace("[", "[[]")
     return fnmatch.fnmatchcase(name, literal) or fnmatch.fnmatchcase(name, f"*.{literal}")

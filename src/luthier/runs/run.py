@@ -10,8 +10,10 @@ import copy
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,7 @@ class Workshop:
         self.decoder = _decoder(plan)
         self.measure = Measure(plan, data, self.decoder)
         self.seed: int = plan.recipe.seed
+        self.trainings = 0
         if plan.task == "causal-lm":
             # Generation ends where the rendered answers end, here and in whatever opens the saved model.
             own = loaded.model.generation_config.eos_token_id
@@ -156,7 +159,15 @@ class Workshop:
         )
         return setup.Source(name, replace(self.data.train.rows, dataset=rows), prepared)
 
-    def train(self, source: setup.Source, *, stage: str | None = None, seed: int | None = None) -> Artefact:
+    def train(
+        self,
+        source: setup.Source,
+        *,
+        stage: str | None = None,
+        seed: int | None = None,
+        given: Mapping[str, Any] | None = None,
+        training: Mapping[str, Any] | None = None,
+    ) -> Artefact:
         """Train the base model on a source with the recipe's objective, transforms, selection and parameters.
 
         Args:
@@ -165,6 +176,8 @@ class Workshop:
                 metrics in ``stages/<stage>``, so that a resumed run has it again without training; the base that the
                 last training takes stays as it is.
             seed: of order, noise and dropout, where it is not the run's.
+            given: what the methods of this training are told, by slug (``ctx.given`` when parameters are opened).
+            training: keys of the recipe's training section that are otherwise in this training.
         """
         from luthier.engine.loop import Trainer
         from luthier.engine.optimizer import open_parameters
@@ -172,17 +185,26 @@ class Workshop:
         from luthier.evaluation.divergence import DivergenceFromBase
         from luthier.runs.verify import verify_head
 
-        training = self.plan.recipe.training
+        settings = self.plan.recipe.training
+        if training:
+            settings = type(settings).model_validate({**settings.model_dump(), **training})
         stack = setup.build_stack(self.plan)
         folder = self.folder if stage is None else self.folder / "stages" / stage
         seed = self.seed if seed is None else seed
         base = self.loaded.model if stage is None else copy.deepcopy(self.loaded.model)
         model: Any = base.to(self.processes.device)
         from_base = DivergenceFromBase(self.session(model), source.prepared)
-        context = Setup(seed=seed, task=self.plan.task, processor=self.loaded.processor)
+        context = Setup(
+            seed=seed,
+            task=self.plan.task,
+            processor=self.loaded.processor,
+            stage=self.trainings,
+            given=given or {},
+        )
+        self.trainings += 1
         stack.call("prepare_model", model, self.loaded.processor)
         model = open_parameters(model, stack, context)
-        if training.gradient_checkpointing:
+        if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         session = self.session(model, stack, seed=seed)
         if self.plan.task in TOKEN_TASKS and not self.processes.sharded:
@@ -192,8 +214,8 @@ class Workshop:
         if watched is not None:
             evaluate = lambda: quick_loss(session, watched.prepared, rows)  # noqa: E731
         rows_read = source.prepared.only((*session.task.reads, *stack.needs.columns))
-        trainer = Trainer(session, rows_read, training, folder=folder, evaluate=evaluate, watch=from_base)
-        tracked = bool(training.trackers) and stage is None
+        trainer = Trainer(session, rows_read, settings, folder=folder, evaluate=evaluate, watch=from_base)
+        tracked = bool(settings.trackers) and stage is None
         if tracked:
             self.processes.accelerator.init_trackers(self.folder.name)
         with TrainProgress(trainer.total, quiet=self.quiet or not self.processes.main) as progress:
@@ -213,7 +235,8 @@ class Workshop:
             totals = trainer.run(resume=self.resume, until=self.until if stage is None else None)
         if tracked:
             self.processes.accelerator.end_training()
-        trained = _whole_model(self, session)
+        trained = _whole_model(self, session, context)
+        self._keep_delta(stack, trained, folder)
         for method in stack.parameters:
             trained = method.export(trained)
         stack.call("finish_model", trained, self.loaded.processor)
@@ -221,6 +244,15 @@ class Workshop:
         if records and self.processes.main:
             write_json(folder / "methods.json", records)
         return Artefact(model=trained, metrics=totals, folder=folder)
+
+    def _keep_delta(self, stack: Any, model: Any, folder: Path) -> None:
+        """What the methods say they changed, with the fingerprint of the base, as ``delta/``."""
+        from luthier.models.delta import Delta
+
+        told = [m.delta(model) for m in stack.named.values() if hasattr(m, "delta")]
+        if told and self.processes.main:
+            delta = reduce(add, (Delta(self.loaded.fingerprint, *parts) for parts in told))
+            delta.save(folder / "delta")
 
     def evaluate(self, model: Any) -> dict[str, Any]:
         """Target, keep and calibration metrics of a model."""
@@ -261,17 +293,16 @@ def _decoder(plan: Any) -> Any:
     return plan.decoding.method.build(options)
 
 
-def _whole_model(shop: Workshop, session: Any) -> Any:
+def _whole_model(shop: Workshop, session: Any, context: Any) -> Any:
     """The trained model with whole tensors: sharded ones are gathered into a freshly opened base."""
     if not shop.processes.sharded:
         return session.model
     from luthier.engine.optimizer import open_parameters
-    from luthier.engine.stack import Setup
 
     fresh = open_model(shop.plan, shop.data.labels).model
     stack = setup.build_stack(shop.plan)
     stack.call("prepare_model", fresh, shop.loaded.processor)
-    fresh = open_parameters(fresh, stack, Setup(seed=shop.seed, task=shop.plan.task, processor=shop.loaded.processor))
+    fresh = open_parameters(fresh, stack, context)
     trained = dict(session.model.named_parameters())
     for name, parameter in fresh.named_parameters():
         parameter.data.copy_(shop.processes.whole(trained[name].detach()))

@@ -192,7 +192,7 @@ def settings(plan: Any) -> None:
     """Threads, and what the process keeps in memory."""
     import torch
 
-    from luthier.engine.memory import few_products, keep_pages
+    from luthier.core.memory import few_products, keep_pages
 
     quieten()
     keep_pages()

@@ -32,12 +32,10 @@ from luthier.core.protocols import Context
 from luthier.core.registry import parameters
 from luthier.core.rng import stream
 from luthier.functional import tensor_selection as selection
+from luthier.functional.parameter_selector import find_fused
 from luthier.functional.tensor_selection import Fused, Unit
 
 FIXED = ("attention", "ffn", "lower", "upper", "alternate")
-# Architectures whose fused attention matrix holds q, k and v side by side within each head.
-_PER_HEAD = ("gpt_neox", "gpt_neox_japanese", "bloom")
-_UNKNOWN_LAYOUT = ("codegen",)
 
 
 @parameters(
@@ -112,7 +110,9 @@ class HalfFineTuning:
     def apply(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """Choose the tensors and open them."""
         self._model = model
-        self._fused = self._find_fused(model) if self.split_fused else {}
+        self._fused, unknown = find_fused(model) if self.split_fused else ({}, [])
+        for path in unknown:
+            warnings.warn(f"half-ft: the layout of the fused {path} is not known; it is one unit.", stacklevel=2)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._units = selection.block_units(shapes, self._fused)
         if not self._units:
@@ -348,38 +348,4 @@ class HalfFineTuning:
                 found[name] = self.final_norm == "train"
             else:
                 found[name] = True
-        return found
-
-    def _find_fused(self, model: torch.nn.Module) -> dict[str, Fused]:
-        config: Any = getattr(model, "config", None)
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        kind = getattr(config, "model_type", "")
-        heads = int(getattr(config, "num_attention_heads", 0) or 0)
-        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-        hidden = int(getattr(config, "hidden_size", 0) or 0)
-        head_dim = int(getattr(config, "head_dim", None) or (hidden // heads if heads else 0))
-        per_head = kind in _PER_HEAD
-        if kind == "falcon" and not config.new_decoder_architecture:
-            kv_heads, per_head = (1, False) if config.multi_query else (heads, True)
-        found = {}
-        for path, module in model.named_modules():
-            weight = getattr(module, "weight", None)
-            if not selection.looks_fused(path) or not isinstance(weight, torch.Tensor) or weight.dim() != 2:
-                continue
-            dim = 1 if type(module).__name__ == "Conv1D" else 0
-            fused = None
-            if kind not in _UNKNOWN_LAYOUT:
-                fused = selection.fused_rows(
-                    path,
-                    weight.shape[dim],
-                    heads=heads,
-                    kv_heads=kv_heads,
-                    head_dim=head_dim,
-                    per_head=per_head,
-                    dim=dim,
-                )
-            if fused is None:
-                warnings.warn(f"half-ft: the layout of the fused {path} is not known; it is one unit.", stacklevel=3)
-            else:
-                found[path] = fused
         return found
