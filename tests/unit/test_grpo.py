@@ -100,7 +100,9 @@ def test_reinforce_and_the_second_estimator_by_hand():
     loss, gradient = measured(GRPO(loss="reinforce", beta=0.5, kl="k2"))
     u = REF - LP
     token = -ADVANTAGE[:, None] * LP + 0.5 * u**2 / 2
-    assert float(loss.sum.detach() / loss.weight) == pytest.approx(((token * MASK).sum(1) / MASK.sum(1)).mean(), abs=1e-12)
+    assert float(loss.sum.detach() / loss.weight) == pytest.approx(
+        ((token * MASK).sum(1) / MASK.sum(1)).mean(), abs=1e-12
+    )
     wanted = (-ADVANTAGE[:, None] - 0.5 * u) / MASK.sum(1, keepdims=True) / 4
     np.testing.assert_allclose(gradient / 4, wanted[THERE], atol=1e-12)
 
