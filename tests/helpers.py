@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
+from luthier.core import registry
 from luthier.engine.distributed import Processes
 from luthier.engine.optimizer import open_parameters
 from luthier.engine.session import Session
-from luthier.engine.stack import Setup, Stack
+from luthier.engine.stack import Setup, Stack, as_objective
 from luthier.methods.objectives.sft import SupervisedFineTuning
 from luthier.recipe.schema import Training
 from luthier.tasks.causal_lm import CausalLM
@@ -26,6 +27,9 @@ class TinyProcessor:
 
     def __len__(self) -> int:
         return 64
+
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
+        return written([i for i in ids if not (skip_special_tokens and i in self.all_special_ids)])
 
 
 class MaskingProcessor(TinyProcessor):
@@ -118,6 +122,7 @@ def random_rows(count: int = 24, *, seed: int = 0, vocabulary: int = 64) -> Memo
         drawn = [other.integers(3, vocabulary, size=int(other.integers(0, 6))).tolist() for _ in range(4)]
         columns["negatives"].append([written(ids) for ids in drawn])
     nothing = {name: [None] * count for name in ("separator", "system", "messages", "tools")}
+    nothing["extra"] = [None] * count
     columns["ref_score"] = np.random.default_rng([seed, 2]).normal(-3.0, 1.0, size=count).tolist()
     return MemoryRows(rows, {"kind": ["pair"] * count, **columns, **nothing})
 
@@ -162,6 +167,22 @@ BEDS: dict[str, tuple[Any, Any, Any]] = {
     "causal-lm": (tiny_llama, PROCESSOR, CausalLM),
     "masked-lm": (tiny_bert, MASKING, MaskedLM),
 }
+
+
+KEYS = {"objective": "objective", "transform": "transforms", "selection": "selector", "parameters": "parameters"}
+
+
+def stack_with(method: Any, options: Any) -> dict[str, Any]:
+    """A method, and those that it requires with their example options, as arguments of :func:`make_session`."""
+    needed = [registry.get(*fact.split(":", 1)) for fact in method.requires]
+    stack: dict[str, Any] = {}
+    for one, given in [(method, options), *((m, m.example) for m in needed if m.axis in KEYS)]:
+        built = as_objective(one.build(given)) if one.axis == "objective" else one.build(given)
+        if one.axis in ("transform", "parameters"):
+            stack.setdefault(KEYS[one.axis], []).append(built)
+        else:
+            stack[KEYS[one.axis]] = built
+    return stack
 
 
 def make_session(

@@ -7,11 +7,10 @@ import json
 import pytest
 import torch
 
-from helpers import BEDS, PROCESSOR, make_session, random_rows, settings, tiny_llama, weights
+from helpers import BEDS, PROCESSOR, make_session, random_rows, settings, stack_with, tiny_llama, weights
 from luthier.core import registry
 from luthier.core.errors import UserError
 from luthier.engine.loop import Trainer
-from luthier.engine.stack import as_objective
 
 ALL = registry.all_methods()
 TRAINING = [m for m in ALL if m.axis in ("objective", "transform", "selection", "parameters")]
@@ -30,11 +29,7 @@ def bed(method):
 
 
 def session_with(method, options, task=None, **more):
-    built = method.build(options)
-    key = {"objective": "objective", "transform": "transforms", "selection": "selector", "parameters": "parameters"}
-    value = as_objective(built) if method.axis == "objective" else built
-    value = [value] if method.axis in ("transform", "parameters") else value
-    return make_session(task=task or bed(method), **{key[method.axis]: value}, **more)
+    return make_session(task=task or bed(method), **stack_with(method, options), **more)
 
 
 def run(method, options, folder=None, stop=None, resume=False, task=None, **values):

@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import two_processes
-from helpers import BEDS, make_session, random_rows, settings, weights
+from helpers import BEDS, make_session, random_rows, settings, stack_with, weights
 from luthier.core import registry
 from luthier.engine.distributed import Processes
 from luthier.engine.loop import Trainer
-from luthier.engine.stack import as_objective
 
 TRAINING = [m for m in registry.all_methods() if m.axis in ("objective", "transform", "selection", "parameters")]
 # 19 rows leave one process without a row in an epoch's last step.
@@ -29,12 +28,8 @@ def name(method):
 
 
 def trained(method, processes):
-    built = method.build(method.example)
-    key = {"objective": "objective", "transform": "transforms", "selection": "selector", "parameters": "parameters"}
-    value = as_objective(built) if method.axis == "objective" else built
-    value = [value] if method.axis in ("transform", "parameters") else value
     task = next(task for task in BEDS if not method.tasks or task in method.tasks)
-    session = make_session(task=task, processes=processes, **{key[method.axis]: value})
+    session = make_session(task=task, processes=processes, **stack_with(method, method.example))
     Trainer(session, random_rows(ROWS * session.stack.oversample), settings(**SGD)).run()
     return {n: p.contiguous() for n, p in weights(session.model).items()}
 

@@ -81,6 +81,16 @@ def test_the_order_is_a_pure_function_of_seed_and_epoch():
     assert order.locate(14) == (1, 1)
 
 
+@pytest.mark.parametrize("size", [{"batch_rows": 8}, {"batch_rows": None, "batch_tokens": 200}])
+def test_repeated_steps_have_the_same_rows_and_the_epochs_as_many_different_ones(size):
+    lengths = np.random.default_rng(0).integers(1, 50, size=101)
+    once, thrice = (DataOrder(lengths, seed=3, repeats=n, **size) for n in (1, 3))
+    assert thrice.steps(2.0) == 3 * once.steps(2.0)
+    for step in range(thrice.steps(2.0)):
+        epoch, rows = thrice.rows(step)
+        assert (epoch, rows.tolist()) == (once.rows(step // 3)[0], once.rows(step // 3)[1].tolist())
+
+
 def test_batches_by_tokens_stay_within_the_budget_and_lose_no_row():
     lengths = np.random.default_rng(0).integers(1, 50, size=300)
     order = DataOrder(lengths, seed=0, batch_rows=None, batch_tokens=200)

@@ -176,6 +176,21 @@ def test_sampled_frequencies_are_the_model_s_probabilities(options: dict[str, An
     assert float((frequency - expected).abs().max()) < 5 * (0.25 / draws) ** 0.5
 
 
+def test_what_is_written_does_not_depend_on_the_batch_and_log_probabilities_are_the_model_s() -> None:
+    model = tiny()
+    found = build("sample", max_new_tokens=9, temperature=1.3, batch_rows=1).generate(model, PROMPTS, context())
+    assert found == build("sample", max_new_tokens=9, temperature=1.3).generate(model, PROMPTS, context())
+    greedy = build("greedy", max_new_tokens=9).generate(model, PROMPTS, context())
+    for temperature, some in ((1.3, found), (1.0, greedy)):
+        for prompt, completion in zip(PROMPTS, some, strict=True):
+            ids = [*prompt, *completion.token_ids]
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0].double() / temperature
+            logp = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(completion.token_ids)[:, None])
+            assert completion.token_logp == pytest.approx(logp.squeeze(1).tolist(), abs=1e-5)
+            assert completion.logp == pytest.approx(float(logp.sum()), abs=1e-4)
+
+
 def test_length_groups_and_padding() -> None:
     assert sequences.length_groups([3, 1, 7, 7, 2], 2) == [[2, 3], [0, 4], [1]]
     ids, mask = sequences.left_pad([[5, 6, 7], [8]], 0)

@@ -250,12 +250,25 @@ class Loss:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a decoder wrote for one prompt."""
+    """What was written for one prompt.
+
+    Attributes:
+        text: without special tokens.
+        token_ids: the stop token included; empty where the writer tells no tokens.
+        finished: whether it stopped by itself.
+        token_logp: log-probability of each token at the temperature it was drawn at, before any truncation; empty where
+            the writer tells none. It does not count when completions are compared.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finished: bool
-    logp: float | None = None
+    token_logp: tuple[float, ...] = field(default=(), compare=False)
+
+    @property
+    def logp(self) -> float | None:
+        """Log-probability of the whole, where it is known."""
+        return sum(self.token_logp) if self.token_logp else None
 
 
 @dataclass(frozen=True)
@@ -346,9 +359,14 @@ class Hooks(Protocol):
     """What any method of a training run (objective, transform, selector, parameters) may have besides its own calls.
 
     All are optional; a method defines those it uses.
+
+    Attributes:
+        needs: what it asks of the engine and of the data.
+        repeats: how many optimiser steps in a row have the same rows; 1 when absent.
     """
 
     needs: Needs
+    repeats: int
 
     def prepare_model(self, model: Any, processor: Any) -> None:
         """Before parameters are opened: change the model's vocabulary or modules."""

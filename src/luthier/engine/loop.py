@@ -106,6 +106,7 @@ class Trainer:
             batch_tokens=training.batch_tokens,
             buckets=training.buckets,
             oversample=session.stack.oversample,
+            repeats=session.stack.repeats,
         )
         session.total_steps = self.total = self.order.steps(training.epochs, training.max_steps)
         session.total_epochs = self.order.locate(self.total - 1)[0] + 1

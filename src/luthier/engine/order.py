@@ -26,6 +26,7 @@ class DataOrder:
         batch_tokens: upper bound of padded tokens of a step, or None. Exactly one of the two is given.
         buckets: put rows of similar length together.
         oversample: how many times more rows a step offers (online selection keeps a part of them).
+        repeats: how many optimiser steps in a row have the same rows.
     """
 
     def __init__(
@@ -37,11 +38,12 @@ class DataOrder:
         batch_tokens: int | None = None,
         buckets: bool = True,
         oversample: int = 1,
+        repeats: int = 1,
     ) -> None:
         if len(lengths) == 0:
             raise UserError("there are no rows to train on.")
         self.lengths = np.asarray(lengths)
-        self.seed, self.buckets, self.oversample = seed, buckets, oversample
+        self.seed, self.buckets, self.oversample, self.repeats = seed, buckets, oversample, repeats
         self.batch_rows, self.batch_tokens = batch_rows, batch_tokens
         if batch_tokens is not None and int(self.lengths.max()) > batch_tokens:
             raise UserError(
@@ -92,28 +94,22 @@ class DataOrder:
 
     def steps(self, epochs: float, max_steps: int | None = None) -> int:
         """Optimiser steps of a run; a fraction of an epoch is rounded up to whole steps."""
-        if self.batch_rows is not None:
-            per_epoch = self._steps_by_rows()
-            total = math.ceil(per_epoch * epochs - 1e-9)
-        else:
-            whole = int(epochs)
-            total = sum(len(self.epoch(e)) for e in range(whole))
-            if epochs > whole:
-                total += math.ceil(len(self.epoch(whole)) * (epochs - whole) - 1e-9)
+        whole = int(epochs)
+        steps = sum(self._size(e) for e in range(whole)) + math.ceil(self._size(whole) * (epochs - whole) - 1e-9)
+        total = steps * self.repeats
         return max(1, min(total, max_steps) if max_steps is not None else total)
 
-    def _steps_by_rows(self) -> int:
-        assert self.batch_rows is not None
+    def _size(self, epoch: int) -> int:
+        """Different steps of an epoch."""
+        if self.batch_rows is None:
+            return len(self.epoch(epoch))
         return -(-len(self.lengths) // (self.batch_rows * self.oversample))
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, number within the epoch) of a step counted from 0."""
-        if self.batch_rows is not None:
-            return divmod(step, self._steps_by_rows())
-        epoch = 0
-        while step >= len(self.epoch(epoch)):
-            step -= len(self.epoch(epoch))
-            epoch += 1
+        epoch, step = 0, step // self.repeats
+        while step >= self._size(epoch):
+            step, epoch = step - self._size(epoch), epoch + 1
         return epoch, step
 
     def rows(self, step: int) -> tuple[int, np.ndarray]:

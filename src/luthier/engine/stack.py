@@ -103,6 +103,11 @@ class Stack:
         """How many times the rows of a step are offered."""
         return int(self.selector.oversample) if self.selector else 1
 
+    @property
+    def repeats(self) -> int:
+        """How many optimiser steps in a row have the same rows: the most that a method asks for."""
+        return max((int(getattr(m, "repeats", 1)) for m in self.named.values()), default=1)
+
     def call(self, hook: str, *arguments: Any) -> None:
         """Call an optional hook (see :class:`luthier.core.protocols.Hooks`) of every method that has it."""
         for method in self.named.values():

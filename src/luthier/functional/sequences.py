@@ -65,7 +65,7 @@ def stop_tokens(*sources: int | Sequence[int] | None) -> list[int]:
 
 
 def complete(
-    write: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+    write: Callable[[torch.Tensor, torch.Tensor, int, list[int]], torch.Tensor],
     prompts: Sequence[Sequence[int]],
     *,
     stop: Collection[int],
@@ -77,7 +77,8 @@ def complete(
     """Complete prompts in left-padded groups of similar length.
 
     Args:
-        write: ``(ids_BT, mask_BT, most) -> new_BT``, at most ``most`` new tokens for each row of a group.
+        write: ``(ids_BT, mask_BT, most, index) -> new_BT``, at most ``most`` new tokens for each row of a group;
+            ``index`` tells which prompts they are.
         prompts: token ids, at least one each.
         stop: token ids that end a completion.
         pad_id: padding.
@@ -99,6 +100,6 @@ def complete(
             ids_BT, mask_BT = left_pad([prompts[i] for i in part], pad_id)
             room = max_new_tokens if context is None else min(max_new_tokens, context - ids_BT.shape[1])
             if room > 0:
-                for index, row in zip(part, write(ids_BT, mask_BT, room).tolist(), strict=True):
+                for index, row in zip(part, write(ids_BT, mask_BT, room, part).tolist(), strict=True):
                     done[index] = cut_after_stop(row, stop)
     return done

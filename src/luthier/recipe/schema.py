@@ -268,6 +268,9 @@ class Recipe(_Strict):
     )
     weights: MethodList = Field(default_factory=list, description="weight operations after training, in order")
     decoding: MethodSpec = Field("greedy", description="how answers are generated")
+    generation: Annotated[Any, BeforeValidator(lambda v: None if v is None else _method(v))] = Field(
+        None, description="what writes for data stages and procedures: endpoint, vllm or scripted; the base when absent"
+    )
     analysis: MethodList = Field(default_factory=list, description="analyses of the finished run")
     training: Annotated[Training, BeforeValidator(_section)] = Field(
         default_factory=lambda: Training.model_validate({}), description="the optimiser and the step loop"

@@ -27,7 +27,7 @@ from luthier.core.registry import TOKEN_TASKS
 from luthier.core.store import write_atomic, write_json
 from luthier.data.prepare import prepare
 from luthier.engine.distributed import Processes
-from luthier.runs import disk, setup
+from luthier.runs import backends, disk, setup
 from luthier.runs.analyses import AnalysisContext
 from luthier.runs.instruments import Instruments
 from luthier.runs.measure import Measure, quick_loss
@@ -277,6 +277,8 @@ class Workshop:
 
     def generate(self, prompts: Any, *, model: Any = None, samples: int = 1, **options: Any) -> list[list[Completion]]:
         """Completions for prompts (token ids or canonical rows), by the base unless a model is given."""
+        if model is None and self.plan.recipe.generation is not None:
+            return backends.write(self, prompts, samples=samples, **options)
         session = self.session(model if model is not None else self.loaded.model)
         return self._decode(session, prompts, samples=samples, **options)
 

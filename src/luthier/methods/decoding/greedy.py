@@ -41,6 +41,4 @@ class Greedy:
         Raises:
             UserError: a prompt has no token.
         """
-        return completions(
-            model, prompts, ctx, batch_rows=self.batch_rows, max_new_tokens=self.max_new_tokens, do_sample=False
-        )
+        return completions(model, prompts, ctx, batch_rows=self.batch_rows, max_new_tokens=self.max_new_tokens)

@@ -6,7 +6,7 @@
 probability (nucleus sampling, Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020, arXiv 1904.09751);
 ``min_p`` those at least ``min_p`` times as likely as the most likely one (Nguyen et al., "Turning Up the Heat: Min-p
 Sampling", 2024, arXiv 2407.01082). The numbers drawn are those of the run's ``rollout`` stream; the process's own
-random state is left as it was.
+random state is left as it was. ``min_p`` is applied first, then ``top_k``, then ``top_p``.
 
 Example::
 
@@ -15,8 +15,7 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -24,7 +23,7 @@ from pydantic import Field
 
 from luthier.core.protocols import Completion, Context
 from luthier.core.registry import decoder
-from luthier.functional.writing import completions
+from luthier.functional.writing import Sampling, completions
 
 
 @decoder("sample")
@@ -41,7 +40,7 @@ class Sample:
         max_new_tokens: Annotated[int, Field(ge=1, description="longest completion, in tokens")] = 256,
         batch_rows: Annotated[int, Field(ge=1, description="prompts completed together")] = 32,
     ) -> None:
-        self.temperature, self.top_p, self.top_k, self.min_p = temperature, top_p, top_k, min_p
+        self.sampling = Sampling(temperature, top_p, top_k, min_p)
         self.max_new_tokens, self.batch_rows = max_new_tokens, batch_rows
 
     def generate(self, model: Any, prompts: Sequence[Sequence[int]], ctx: Context) -> list[Completion]:
@@ -50,25 +49,14 @@ class Sample:
         Raises:
             UserError: a prompt has no token.
         """
-        seeds = ctx.rng("rollout")
-
-        @contextmanager
-        def drawing() -> Iterator[None]:
-            # transformers draws from the process's generator, which is seeded here and put back afterwards.
-            with torch.random.fork_rng(devices=[ctx.device] if ctx.device.type == "cuda" else []):
-                torch.manual_seed(int(torch.randint(2**62, (1,), generator=seeds)))
-                yield
-
+        # A row of numbers for each prompt, so that what is drawn does not depend on how prompts are grouped.
+        uniform_PT = torch.rand(len(prompts), self.max_new_tokens, generator=ctx.rng("rollout"))
         return completions(
             model,
             prompts,
             ctx,
             batch_rows=self.batch_rows,
             max_new_tokens=self.max_new_tokens,
-            around=drawing,
-            do_sample=True,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
+            sampling=self.sampling,
+            uniform_PT=uniform_PT,
         )
