@@ -28,6 +28,8 @@ from luthier.core.store import Store, content_hash, write_json
 
 # Prompts, or rows, of a piece.
 WRITTEN, SCORED, JUDGED = 256, 1024, 256
+# Where a row stands decides nothing about it.
+PLACE = ("row", "source", "id", "key")
 
 
 @cache
@@ -60,7 +62,7 @@ def _live(shop: Any, model: Any) -> Any:
 
 
 def in_pieces(
-    kind: str, shared: Sequence[Any], keys: Sequence[Any], size: int, make: Callable[[range, int], Any], store: Store
+    kind: str, shared: Sequence[Any], keys: Sequence[Any], size: int, make: Callable[[range, str], Any], store: Store
 ) -> list[Any]:
     """Results of consecutive pieces, from the store or made now and then kept, each as one JSON value.
 
@@ -69,16 +71,16 @@ def in_pieces(
         shared: JSON values that decide the result of every piece.
         keys: of each item, a JSON value that decides its result.
         size: items of a piece.
-        make: ``(items, number) -> JSON`` of the piece of that number.
+        make: ``(items, key) -> JSON`` of a piece; the key is a hash of all that decides it.
         store: where they are kept.
     """
     found = []
-    for number, start in enumerate(range(0, len(keys), size)):
+    for start in range(0, len(keys), size):
         items = range(start, min(start + size, len(keys)))
-        key = content_hash(shared, number, [keys[i] for i in items])
+        key = content_hash(shared, [keys[i] for i in items])
 
-        def write(folder: Path, items: range = items, number: int = number) -> None:
-            write_json(folder / "result.json", make(items, number))
+        def write(folder: Path, items: range = items, key: str = key) -> None:
+            write_json(folder / "result.json", make(items, key))
 
         folder = store.get_or_make(kind, key, write)
         found.append(json.loads((folder / "result.json").read_text(encoding="utf-8")))
@@ -96,19 +98,18 @@ def generate(
     stops = live.generation_config.eos_token_id
     shared = [_model_key(shop, model), samples, method.slug, {**chosen, **options}, shop.seed, stops]
 
-    def write(items: range, number: int) -> list[Any]:
-        # The first piece draws as the run does, every further one from a stream of its own.
-        seed = shop.seed if number == 0 else derive_seed(shop.seed, "rollout", "piece", number)
-        session = shop.session(live, seed=seed)
+    def write(items: range, key: str) -> list[Any]:
+        # Every piece draws from a stream of its own.
+        session = shop.session(live, seed=derive_seed(shop.seed, "rollout", key))
         found = shop.decode(session, [ids[i] for i in items], samples=samples, decoding=decoding, **options)
-        return [[[c.text, list(c.token_ids), c.finished, c.logp] for c in some] for some in found]
+        return [[vars(c) for c in some] for some in found]
 
     pieces = in_pieces("completions", [*shared, code_of(method.target)], ids, WRITTEN, write, Store())
-    return [
-        [Completion(text, tuple(tokens), finished, logp) for text, tokens, finished, logp in some]
-        for piece in pieces
-        for some in piece
-    ]
+    return [[_completion(held) for held in some] for piece in pieces for some in piece]
+
+
+def _completion(held: Mapping[str, Any]) -> Completion:
+    return Completion(**{name: tuple(v) if isinstance(v, list) else v for name, v in held.items()})
 
 
 class Part:
@@ -146,14 +147,75 @@ def score(shop: Any, prepared: Any, model: Any) -> list[torch.Tensor]:
 def likelihood(shop: Any, prepared: Any, model: Any) -> tuple[np.ndarray, np.ndarray]:
     """Sum of target log-probabilities (float64 nats) and number of targets of each prepared row, both [R]."""
 
-    def write(rows: range, number: int) -> list[Any]:
+    def write(rows: range, key: str) -> list[Any]:
         found = shop.session(_live(shop, model)).score(Part(prepared, rows))
         return [[float(s.double().sum()) for s in found], [len(s) for s in found]]
 
     shared = [_model_key(shop, model), prepared.task, luthier.__version__]
-    pieces = in_pieces("likelihoods", shared, prepared.keys, SCORED, write, Store())
-    totals = [np.asarray([v for piece in pieces for v in piece[k]], dtype) for k, dtype in enumerate((float, np.int64))]
-    return totals[0], totals[1]
+    return _sums(in_pieces("likelihoods", shared, prepared.keys, SCORED, write, Store()))
+
+
+def _sums(pieces: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    total_R, count_R = ([v for piece in pieces for v in piece[k]] for k in (0, 1))
+    return np.asarray(total_R, np.float64), np.asarray(count_R, np.int64)
+
+
+def row_likelihood(
+    shop: Any, rows: Sequence[Mapping[str, Any]], *, ends: bool, last: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`likelihood` of canonical rows under the base, rendered and masked as in training.
+
+    Args:
+        shop: gives model and renderer.
+        rows: canonical rows.
+        ends: whether the tokens that end an answer count.
+        last: only the last answer of a conversation counts.
+
+    Returns:
+        Sums and counts [R]; both are 0 for a row that is longer than the model reads or has nothing to score.
+    """
+    renderer = shop.data.renderer
+
+    def write(items: range, key: str) -> list[Any]:
+        rendered = renderer.render_batch([rows[i] for i in items])
+        spans = [[] if r.over else _counted(r, set(renderer.stop_ids), ends, last) for r in rendered]
+        there = sorted((i for i, s in enumerate(spans) if s), key=lambda i: len(rendered[i].input_ids))
+        part = InMemory([rendered[i].input_ids for i in there], [spans[i] for i in there])
+        found = dict(zip(there, shop.session(_live(shop, None)).score(part), strict=True))
+        none = torch.zeros(0)
+        sums = [found.get(i, none) for i in range(len(rendered))]
+        return [[float(s.double().sum()) for s in sums], [len(s) for s in sums]]
+
+    shared = [_model_key(shop, None), renderer.fingerprint, ends, last, luthier.__version__]
+    keys = [content_hash({k: v for k, v in row.items() if k not in PLACE}) for row in rows]
+    return _sums(in_pieces("row-likelihoods", shared, keys, SCORED, write, Store()))
+
+
+def _counted(rendered: Any, stops: set[int], ends: bool, last: bool) -> list[int]:
+    """Flat edges of the spans that count."""
+    edges: list[int] = []
+    for start, end in rendered.spans[-1:] if last else rendered.spans:
+        if not ends and rendered.input_ids[end - 1] in stops:
+            end -= 1
+        edges += [start, end] if end > start else []
+    return edges
+
+
+class InMemory:
+    """Token ids and flat spans of some rows, as a session scores them."""
+
+    def __init__(self, ids: Sequence[Sequence[int]], spans: Sequence[Sequence[int]]) -> None:
+        self.ids, self.spans = ids, spans
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def fetch(self, index: Sequence[int]) -> dict[str, list[Any]]:
+        """Columns of some rows."""
+        return {
+            "input_ids": [np.asarray(self.ids[i], np.int32) for i in index],
+            "spans": [np.asarray(self.spans[i], np.int32) for i in index],
+        }
 
 
 def judge(
@@ -172,7 +234,7 @@ def judge(
         LuthierError: it gives another number of scores, or one that is not a number.
     """
 
-    def write(items: range, number: int) -> list[float | None]:
+    def write(items: range, key: str) -> list[float | None]:
         found = verifier([rows[i] for i in items], [completions[i] for i in items], ctx)
         if len(found) != len(items):
             raise LuthierError(f"the verifier gave {len(found)} scores for {len(items)} completions.")
@@ -184,5 +246,6 @@ def judge(
                 )
         return [None if v is None else float(v) for v in found]
 
-    keys = [content_hash(row, text) for row, text in zip(rows, completions, strict=True)]
+    content = ({k: v for k, v in row.items() if k not in PLACE} for row in rows)
+    keys = [content_hash(row, text) for row, text in zip(content, completions, strict=True)]
     return [v for piece in in_pieces("verdicts", deciding, keys, JUDGED, write, Store()) for v in piece]

@@ -282,6 +282,10 @@ class Workshop:
         """Sum of target log-probabilities and number of targets of each prepared row, by the base unless told."""
         return kept.likelihood(self, prepared, model)
 
+    def row_likelihood(self, rows: Any, *, ends: bool = True, last: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """As :meth:`likelihood` of canonical rows by the base; see :func:`luthier.runs.procedure.row_likelihood`."""
+        return kept.row_likelihood(self, rows, ends=ends, last=last)
+
     def judge(self, rows: Any, completions: Any, verifier: Any = None) -> list[float | None]:
         """One score per completion; None where it cannot be judged.
 
