@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from luthier.core.errors import UserError, did_you_mean
@@ -14,6 +15,8 @@ from luthier.data.layouts import TASK_LAYOUTS
 from luthier.data.templates import ChatTemplate, Messages, Span, resolve, strip_thinking
 
 TRUNCATIONS = ("error", "keep_start", "drop")
+# The further column with the token ids of a row's last answer, the end token included; read only where asked for.
+ANSWER_IDS = "answer_ids"
 Row = dict[str, Any]
 
 
@@ -47,6 +50,13 @@ class Rendered:
     def supervised(self) -> int:
         """How many tokens are targets."""
         return sum(end - start for start, end in self.spans)
+
+    def answered(self, ids: list[int]) -> Rendered:
+        """The same with other tokens from the end of the prompt on, which are all targets."""
+        start = self.prompt_length
+        spans = [span for span in self.spans if span[1] <= start]
+        end = start + len(ids)
+        return replace(self, input_ids=[*self.input_ids[:start], *ids], spans=[*spans, (max(start, 1), end)])
 
 
 @dataclass(slots=True)
@@ -98,6 +108,7 @@ class Renderer:
         _check("data.thinking", thinking, ("keep", "strip"))
         self.processor, self.task, self.system = processor, task, system
         self.max_length, self.truncation, self.add_eos, self.thinking = max_length, truncation, add_eos, thinking
+        self.answer_ids = False
         self.has_text = task != "image-classification"
         if self.has_text:
             self.encoder = Encoder(processor)
@@ -108,7 +119,17 @@ class Renderer:
     def fingerprint(self) -> str:
         """A hash of the tokenizer, the template and every option that changes ids or spans."""
         options = [self.task, self.template, self.system, self.max_length, self.truncation, self.add_eos, self.thinking]
-        return content_hash(options, self.encoder.fingerprint() if self.has_text else "")
+        given = [ANSWER_IDS] if self.answer_ids else []
+        return content_hash(options + given, self.encoder.fingerprint() if self.has_text else "")
+
+    def with_answer_ids(self) -> Renderer:
+        """A copy that takes the tokens of a row's last answer from its further column ``answer_ids``, if it has one.
+
+        What a model has written is learnt as it wrote it: its text may fall into other tokens.
+        """
+        made = copy.copy(self)
+        made.answer_ids = True
+        return made
 
     @property
     def stop_ids(self) -> list[int]:
@@ -175,7 +196,8 @@ class Renderer:
         plans = [self._plan(row, "completion", "messages") for row in rows]
         sided = [i for i, row in enumerate(rows) if row["kind"] == "preference"]
         plans += [self._plan(rows[i], "rejected", "rejected_messages") for i in sided]
-        rendered = self._tokenize(plans)
+        answers = [json.loads(row["extra"] or "{}").get(ANSWER_IDS) for row in rows] if self.answer_ids else []
+        rendered = self._tokenize(plans, answers + [None] * (len(plans) - len(answers)))
         for index, other in zip(sided, rendered[len(rows) :], strict=True):
             rendered[index].rejected = other
         return rendered[: len(rows)]
@@ -236,20 +258,20 @@ class Renderer:
 
     # -- tokens and spans --------------------------------------------------------------------------------------------
 
-    def _tokenize(self, plans: list[_Plan]) -> list[Rendered]:
+    def _tokenize(self, plans: list[_Plan], answers: list[list[int] | None]) -> list[Rendered]:
         chats = [p for p in plans if p.chat]
         whole = iter(self.encoder.encode([p.parts[0][1] for p in chats]) if self.encoder.has_offsets else [])
         prompts = iter(self.encoder.ids([p.parts[0][1][: p.prompt_end] for p in chats]))
         raw = iter(self.encoder.ids([text for p in plans if not p.chat for _, text in p.parts]))
         found = []
-        for plan in plans:
+        for plan, answer in zip(plans, answers, strict=True):
             if plan.chat:
                 text, prompt = plan.parts[0][1], next(prompts)
                 encoded = next(whole) if self.encoder.has_offsets else None
                 rendered = self._chat_tokens(text, plan, encoded, prompt)
             else:
                 rendered = self._raw_tokens([next(raw) for _ in plan.parts], plan.learnt)
-            found.append(self._cut(rendered))
+            found.append(self._cut(rendered if answer is None else rendered.answered(answer)))
         return found
 
     def _join(self, parts: list[list[int]], *, eos: bool) -> list[int]:

@@ -82,8 +82,8 @@ def given_answer(row: Mapping[str, Any]) -> str:
             return last["content"]
         raise UserError("the conversation does not end with a text of the assistant.", where=place(row))
     raise UserError(
-        f"a row of kind '{row['kind']}' has no prompt with one answer; discriminative-ft needs prompt/completion rows "
-        "or conversations.",
+        f"a row of kind '{row['kind']}' has no prompt with one answer; this method needs prompt/completion rows or "
+        "conversations.",
         where=place(row),
     )
 

@@ -219,6 +219,20 @@ def _method(recipe: Recipe, axis: str, name: str, key: str, where: str | None) -
         raise UserError(f"{key}: {error}", where=where) from error
 
 
+def choice_of(axis: str, spec: Any) -> Choice:
+    """A method written as a recipe writes it, where it stands in an option of another method.
+
+    Raises:
+        UserError: there is no such method, or its options are wrong.
+    """
+    if not isinstance(spec, str) and (not isinstance(spec, Mapping) or len(spec) != 1):
+        raise UserError(f"a {axis} is a name, or a mapping from its name to its options, not {spec!r}.")
+    name = method_name(spec)
+    method = registry.get(axis, name)
+    options = {} if isinstance(spec, str) else spec[name] or {}
+    return Choice(method=method, options=method_options(method, options, path=(name,)), key=name)
+
+
 def method_options(
     method: registry.Method,
     options: Mapping[str, Any],

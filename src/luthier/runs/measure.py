@@ -43,6 +43,16 @@ class Verifier:
         self.choice = choice
         self._built: dict[str, Any] = {}
 
+    def deciding(self, rows: Any) -> list[Any]:
+        """JSON values that say which verifiers judge some rows, in which state of their code."""
+        from luthier.core import registry
+        from luthier.runs.procedure import code_of
+
+        if self.choice is not None:
+            return [self.choice.slug, self.choice.options, code_of(self.choice.method.target)]
+        names = sorted({_extra(row).get("verifier") or "exact" for row in rows})
+        return [[name, code_of(registry.get("reward", name).target)] for name in names]
+
     def __call__(self, rows: Any, completions: Any, ctx: Any) -> list[float | None]:
         """One score per completion."""
         if self.choice is not None:

@@ -27,12 +27,15 @@ from luthier.core.registry import TOKEN_TASKS
 from luthier.core.store import write_atomic, write_json
 from luthier.data.prepare import prepare
 from luthier.engine.distributed import Processes
+from luthier.recipe.plan import choice_of
 from luthier.runs import backends, disk, setup
+from luthier.runs import procedure as kept
 from luthier.runs.analyses import AnalysisContext
 from luthier.runs.instruments import Instruments
-from luthier.runs.measure import Measure, quick_loss
+from luthier.runs.measure import Measure, Verifier, quick_loss
 from luthier.runs.progress import TrainProgress
 from luthier.tasks import get_task
+from luthier.tasks.base import ROW_WEIGHT
 
 
 @dataclass
@@ -92,7 +95,10 @@ class Workshop:
         self.resume, self.quiet, self.until, self.instruments = resume, quiet, until, instruments
         self.processes = processes or Processes(plan.recipe.training.sharding)
         self.precision = setup.precision(plan)
-        self.decoder = _decoder(plan)
+        self.decoder_options = _decoder_options(plan)
+        self.decoder = plan.decoding.method.build(self.decoder_options)
+        # Whether the base is still as it was loaded; the last training changes it in place.
+        self.untouched = True
         self.measure = Measure(plan, data, self.decoder)
         self.seed: int = plan.recipe.seed
         self.trainings = 0
@@ -105,15 +111,16 @@ class Workshop:
 
     # -- sessions
 
-    def _decode(
+    def decode(
         self, session: Any, prompts: Any, *, samples: int = 1, decoding: str | None = None, **options: Any
     ) -> list[list[Completion]]:
+        """What a session's model writes for prompts (token ids or canonical rows); nothing is kept on disk."""
         ids = [self.data.renderer.prompt_ids(p) if isinstance(p, dict) else list(p) for p in prompts]
         decoder = self.decoder
         if decoding is not None:
             decoder = registry.get("decoding", decoding).build(options)
         elif options:
-            decoder = self.plan.decoding.method.build({**self.plan.decoding.options, **options})
+            decoder = self.plan.decoding.method.build({**self.decoder_options, **options})
         found = decoder.generate(session.model, [p for p in ids for _ in range(samples)], session)
         return [found[i : i + samples] for i in range(0, len(found), samples)]
 
@@ -144,7 +151,7 @@ class Workshop:
             head_chunk=training.head_chunk,
             head_backend=training.head,
             fingerprint=self.loaded.fingerprint,
-            decode=self._decode,
+            decode=self.decode,
             render=self._render,
             wrap=stack is not None,
         )
@@ -152,10 +159,17 @@ class Workshop:
     # -- the calls of a procedure
 
     def source(self, rows: Any, name: str) -> setup.Source:
-        """Canonical rows (a ``Dataset``) made by a procedure, rendered and prepared as the training rows are."""
+        """Canonical rows (a ``Dataset``) made by a procedure, rendered and prepared as the training rows are.
+
+        Of their further columns ``answer_ids`` are the tokens of the last answer, used in place of its text, and
+        ``row_weight`` is what the row counts in the loss.
+        """
         columns = tuple(dict.fromkeys(c for choice in self.plan.choices() for c in choice.needs.columns))
+        if any(f'"{ROW_WEIGHT}"' in (text or "") for text in rows["extra"]):
+            columns = (*columns, ROW_WEIGHT)
+        renderer = self.data.renderer.with_answer_ids()
         prepared = prepare(
-            rows, self.data.renderer, labels=self.data.labels, columns=columns, bad_rows=self.plan.recipe.data.bad_rows
+            rows, renderer, labels=self.data.labels, columns=columns, bad_rows=self.plan.recipe.data.bad_rows
         )
         return setup.Source(name, replace(self.data.train.rows, dataset=rows), prepared)
 
@@ -192,6 +206,7 @@ class Workshop:
         folder = self.folder if stage is None else self.folder / "stages" / stage
         seed = self.seed if seed is None else seed
         base = self.loaded.model if stage is None else copy.deepcopy(self.loaded.model)
+        self.untouched = self.untouched and stage is not None
         model: Any = base.to(self.processes.device)
         from_base = DivergenceFromBase(self.session(model), source.prepared)
         context = Setup(
@@ -275,24 +290,58 @@ class Workshop:
             session.evaluate_batch(batch, ()).over_vocabulary(keep)
         return np.concatenate(found)
 
-    def generate(self, prompts: Any, *, model: Any = None, samples: int = 1, **options: Any) -> list[list[Completion]]:
-        """Completions for prompts (token ids or canonical rows), by the base unless a model is given."""
+    # The calls below keep what they found by the content of all that decides it (:mod:`luthier.runs.procedure`).
+
+    def generate(
+        self, prompts: Any, *, model: Any = None, samples: int = 1, decoding: str | None = None, **options: Any
+    ) -> list[list[Completion]]:
+        """Completions for prompts (token ids or canonical rows), by the base unless a model is given.
+
+        Args:
+            prompts: the prompts.
+            model: the model that writes.
+            samples: completions of each prompt.
+            decoding: a decoder by name; by default the recipe's.
+            options: of the decoder.
+        """
         if model is None and self.plan.recipe.generation is not None:
-            return backends.write(self, prompts, samples=samples, **options)
-        session = self.session(model if model is not None else self.loaded.model)
-        return self._decode(session, prompts, samples=samples, **options)
+            return backends.write(self, prompts, samples=samples, decoding=decoding, **options)
+        return kept.generate(self, prompts, model=model, samples=samples, decoding=decoding, options=options)
 
     def score(self, prepared: Any, model: Any = None) -> Any:
-        """Target log-probabilities of prepared rows, one tensor per row."""
-        return self.session(model if model is not None else self.loaded.model).score(prepared)
+        """Target log-probabilities of prepared rows, one tensor per row, by the base unless a model is given."""
+        return kept.score(self, prepared, model)
+
+    def likelihood(self, prepared: Any, model: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """Sum of target log-probabilities and number of targets of each prepared row, by the base unless told."""
+        return kept.likelihood(self, prepared, model)
+
+    def row_likelihood(self, rows: Any, *, ends: bool = True, last: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """As :meth:`likelihood` of canonical rows by the base; see :func:`luthier.runs.procedure.row_likelihood`."""
+        return kept.row_likelihood(self, rows, ends=ends, last=last)
+
+    def judge(self, rows: Any, completions: Any, verifier: Any = None) -> list[float | None]:
+        """One score per completion; None where it cannot be judged.
+
+        Args:
+            rows: canonical rows.
+            completions: their texts.
+            verifier: a reward as a recipe writes it; by default the recipe's verifier, or the one each row names.
+
+        Raises:
+            UserError: there is no such verifier, or its options are wrong.
+            LuthierError: it gives another number of scores, or one that is not a number.
+        """
+        chosen = self.measure.verifier if verifier is None else Verifier(choice_of("reward", verifier))
+        return kept.judge(chosen, rows, completions, self, chosen.deciding(rows))
 
 
-def _decoder(plan: Any) -> Any:
-    """The recipe's decoder, writing no more than ``evaluation.max_new_tokens``."""
+def _decoder_options(plan: Any) -> dict[str, Any]:
+    """Those of the recipe's decoder, writing no more than ``evaluation.max_new_tokens``."""
     options = dict(plan.decoding.options)
     if "max_new_tokens" in options:
         options["max_new_tokens"] = min(options["max_new_tokens"], plan.recipe.evaluation.max_new_tokens)
-    return plan.decoding.method.build(options)
+    return options
 
 
 def _whole_model(shop: Workshop, session: Any, context: Any) -> Any:

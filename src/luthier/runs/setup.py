@@ -117,7 +117,7 @@ def load_data(plan: Any, processor: Any, task: str, *, folder: Path | None = Non
     options = {"template": data.template, "system": data.system, "thinking": data.thinking}
     renderer = Renderer(processor, task=task, max_length=longest, truncation=data.truncation, **options)
     for stage in plan.stages:
-        train = run_stage(train, stage, plan, renderer)
+        train = run_stage(train, stage, plan, renderer, folder)
     labels = tuple(train.labels or ())
     columns = tuple(dict.fromkeys(c for choice in plan.choices() for c in choice.needs.columns))
     made = Data(

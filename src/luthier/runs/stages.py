@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from luthier import functional
 from luthier.core import rng
 from luthier.core.errors import UserError
 from luthier.core.protocols import Completion
-from luthier.core.store import Store, content_hash
+from luthier.core.store import Store, content_hash, write_json
+from luthier.runs.procedure import row_likelihood
 
 STAGE_BATCH = 1000
 
@@ -30,6 +33,8 @@ class StageContext:
 
     def __init__(self, plan: Any, renderer: Any) -> None:
         self.plan, self.renderer = plan, renderer
+        # Where a stage writes what it found, for the user to read; set while it runs.
+        self.folder: Path | None = None
         self.seed, self.task, self.processor = plan.recipe.seed, plan.task, renderer.processor
 
     def rng(self, name: str, *keys: object) -> torch.Generator:
@@ -83,9 +88,41 @@ class StageContext:
         """Target log-probabilities of prepared rows under the base, one tensor per row."""
         return self.shop.score(prepared)
 
+    def row_likelihood(
+        self, rows: Sequence[Mapping[str, Any]], *, ends: bool = True, last: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Sum of target log-probabilities (nats) and number of targets of canonical rows under the base, both [R].
 
-def run_stage(rows: Any, choice: Any, plan: Any, renderer: Any) -> Any:
+        Rendered and masked as in training; 0 of 0 for a row that is too long or has no target. Kept on disk, so that
+        a stage that goes through its rows block by block continues where it was killed.
+
+        Args:
+            rows: canonical rows.
+            ends: whether the tokens that end an answer count.
+            last: only the last answer of a conversation counts.
+        """
+        return row_likelihood(self.shop, rows, ends=ends, last=last)
+
+    def judge(self, rows: Any, completions: Any, verifier: Any = None) -> list[float | None]:
+        """One score per completion by a verifier as a recipe writes it, or the recipe's own."""
+        return self.shop.judge(rows, completions, verifier)
+
+    def identity(self) -> dict[str, str]:
+        """Which base, in which type, and which rendering give the numbers, as hashes and names."""
+        loaded = self.shop.loaded
+        kind = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+        return {"model": loaded.fingerprint, "dtype": kind, "rendering": self.renderer.fingerprint}
+
+    def report(self, values: Any, name: str = "report.json") -> None:
+        """Keep JSON beside the rows; the run shows it under ``data/``."""
+        assert self.folder is not None
+        write_json(self.folder / name, values)
+
+
+def run_stage(rows: Any, choice: Any, plan: Any, renderer: Any, folder: Path | None = None) -> Any:
     """The rows after a data stage, kept on disk by the content of rows, options and the method's code.
+
+    What the stage wrote besides rows is copied to ``data/<stage>`` of the run's folder, if one is given.
 
     Raises:
         UserError: the stage leaves no row.
@@ -106,12 +143,19 @@ def run_stage(rows: Any, choice: Any, plan: Any, renderer: Any) -> Any:
     key = content_hash(rows.fingerprint, choice.slug, choice.options, plan.recipe.seed, model, further, *code)
 
     def make(folder: Path) -> None:
+        context.folder = folder
         found = stage.run(rows.dataset, context) if hasattr(stage, "run") else stage(rows.dataset, context)
         with pa.ipc.new_stream(folder / "rows.arrow", SCHEMA) as writer:
             for table in found.with_format("arrow").iter(STAGE_BATCH):
                 writer.write_table(table.cast(SCHEMA))
 
-    dataset = open_arrow(Store().get_or_make("stages", key, make) / "rows.arrow", key)
+    made = Store().get_or_make("stages", key, make)
+    if folder is not None:
+        for file in made.iterdir():
+            if file.name != "rows.arrow":
+                (folder / "data" / choice.slug).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, folder / "data" / choice.slug / file.name)
+    dataset = open_arrow(made / "rows.arrow", key)
     if len(dataset) == 0:
         raise UserError(f"the data stage '{choice.slug}' leaves no row to train on.", where=choice.place)
     report = replace(rows.report, rows=len(dataset), stages=[*rows.report.stages, f"{choice.slug}: {len(dataset):,}"])

@@ -11,6 +11,9 @@ import torch
 
 from luthier.core.protocols import Batch
 
+# The further column of prepared rows that says what an example counts in the loss.
+ROW_WEIGHT = "row_weight"
+
 
 @dataclass
 class Encoded:
@@ -73,6 +76,14 @@ def pad(rows: Sequence[np.ndarray], value: int) -> tuple[torch.Tensor, torch.Ten
     ids = np.full((len(rows), width), value, dtype=np.int64)
     ids[mask] = np.concatenate(rows)
     return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def row_weights(rows: Mapping[str, Sequence[Any]], sequence_N: torch.Tensor) -> torch.Tensor:
+    """float32 [N], what the positions of each example count: its column ``row_weight``, and 1 where there is none."""
+    given = rows.get(ROW_WEIGHT)
+    if given is None:
+        return torch.ones(sequence_N.numel())
+    return torch.tensor([1.0 if w is None else float(w) for w in given])[sequence_N]
 
 
 def carried(rows: Mapping[str, Sequence[Any]], columns: Sequence[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 
 from luthier.core.errors import UserError
 from luthier.core.protocols import Batch
-from luthier.tasks.base import Encoded, carried, pad
+from luthier.tasks.base import ROW_WEIGHT, Encoded, carried, pad, row_weights
 
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
 
@@ -52,7 +52,7 @@ class CausalLM:
     """Next-token prediction over rows of token ids with supervised spans."""
 
     name = "causal-lm"
-    reads: tuple[str, ...] = ("input_ids", "spans")
+    reads: tuple[str, ...] = ("input_ids", "spans", ROW_WEIGHT)
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -79,7 +79,7 @@ class CausalLM:
             inputs={"input_ids": ids_BT, "attention_mask": mask_BT.long()},
             position_N=example_N * width + token_N - 1,
             target_N=ids_BT[example_N, token_N],
-            weight_N=torch.ones(example_N.numel()),
+            weight_N=row_weights(rows, example_N),
             sequence_N=example_N,
             row_B=torch.as_tensor(np.asarray(index_B), dtype=torch.long),
             columns=carried(rows, columns),

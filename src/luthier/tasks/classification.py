@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from luthier.core.protocols import Batch
-from luthier.tasks.base import Encoded, carried, pad
+from luthier.tasks.base import ROW_WEIGHT, Encoded, carried, pad, row_weights
 
 
 def _pooled(state: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -37,7 +37,7 @@ class _PerExample:
             inputs=inputs,
             position_N=torch.arange(target_N.numel()),
             target_N=target_N,
-            weight_N=torch.ones(target_N.numel()),
+            weight_N=row_weights(rows, torch.arange(target_N.numel())),
             sequence_N=torch.arange(target_N.numel()),
             row_B=torch.as_tensor(np.asarray(index_B), dtype=torch.long),
             columns=carried(rows, columns),
@@ -55,7 +55,7 @@ class SequenceClassification(_PerExample):
     """One class per text."""
 
     name = "sequence-classification"
-    reads: tuple[str, ...] = ("input_ids", "label")
+    reads: tuple[str, ...] = ("input_ids", "label", ROW_WEIGHT)
 
     def collate(self, rows: Mapping[str, Sequence[Any]], index_B: Any, columns: Sequence[str] = ()) -> Batch:
         """Rows of ``input_ids`` and ``label``."""
@@ -67,7 +67,7 @@ class ImageClassification(_PerExample):
     """One class per picture."""
 
     name = "image-classification"
-    reads: tuple[str, ...] = ("image", "label")
+    reads: tuple[str, ...] = ("image", "label", ROW_WEIGHT)
 
     def collate(self, rows: Mapping[str, Sequence[Any]], index_B: Any, columns: Sequence[str] = ()) -> Batch:
         """Rows of ``image`` (path or bytes) and ``label``; pictures are decoded here."""
@@ -84,7 +84,7 @@ class TokenClassification:
     """One tag per word, at its first sub-token."""
 
     name = "token-classification"
-    reads: tuple[str, ...] = ("input_ids", "positions", "tags")
+    reads: tuple[str, ...] = ("input_ids", "positions", "tags", ROW_WEIGHT)
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -102,7 +102,7 @@ class TokenClassification:
             inputs={"input_ids": ids_BT, "attention_mask": mask_BT.long()},
             position_N=sequence_N * width + token_N,
             target_N=torch.from_numpy(np.concatenate([np.asarray(t, dtype=np.int64) for t in rows["tags"]])),
-            weight_N=torch.ones(token_N.numel()),
+            weight_N=row_weights(rows, sequence_N),
             sequence_N=sequence_N,
             row_B=torch.as_tensor(np.asarray(index_B), dtype=torch.long),
             columns=carried(rows, columns),

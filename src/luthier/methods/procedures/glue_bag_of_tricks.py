@@ -51,6 +51,7 @@ from luthier.core.store import write_json
 from luthier.functional.calibration import expected_calibration_error
 from luthier.functional.label_calibration import calibrated_targets, disagreement, folds
 from luthier.functional.pseudo_labels import PSEUDO, TARGET, WEIGHT, confident
+from luthier.functional.rows import prepared_rows, replaced, with_columns
 from luthier.functional.temperature import fit_temperature, log_softmax
 
 SLUG = "glue-bag-of-tricks"
@@ -158,11 +159,6 @@ def check(ctx: Any, transductive: bool) -> None:
             "under data.select, or remove it.",
             where="training.early_stopping",
         )
-
-
-def prepared_rows(source: Any) -> Any:
-    """The canonical rows of a source that were prepared, in their order."""
-    return source.rows.dataset.select(source.prepared.fetch(range(len(source.prepared)))["index"])
 
 
 def refuse_columns(rows: Any) -> None:
@@ -342,24 +338,6 @@ def labelled_source(ctx: Any, labelled: Labelled) -> Any:
         for target, weight in zip(labelled.targets, labelled.weights, strict=True)
     ]
     return ctx.source(with_columns(labelled.rows, extra), "calibrated")
-
-
-def with_columns(rows: Any, further: Sequence[dict[str, Any]]) -> Any:
-    """Canonical rows with further columns."""
-    old = [json.loads(text or "{}") for text in rows["extra"]]
-    return replaced(rows, extra=[json.dumps({**o, **f}, ensure_ascii=False) for o, f in zip(old, further, strict=True)])
-
-
-def replaced(rows: Any, **columns: list[str]) -> Any:
-    """Rows with other values in some columns of text, held in memory."""
-    import pyarrow as pa
-    from datasets import Dataset
-
-    table = rows.with_format("arrow")[:]
-    for name, values in columns.items():
-        place = table.schema.get_field_index(name)
-        table = table.set_column(place, table.schema.field(place), pa.array(values, table.schema.field(place).type))
-    return Dataset(table)
 
 
 def histogram(labels: Sequence[str], class_K: np.ndarray) -> dict[str, int]:
