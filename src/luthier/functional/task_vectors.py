@@ -18,7 +18,7 @@ import torch
 from luthier.core.errors import UserError
 
 # Entries of a piece: a few such vectors in float64 fit the caches of a core.
-PIECE = 1 << 18
+PIECE = 1 << 16
 _HALF = 1 << 16
 
 
