@@ -80,6 +80,36 @@ class FakeTokenizer:
         return len(tokens)
 
 
+class MemorySource:
+    """A model as weight operations see it, its tensors in memory."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        base: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        tokens: dict[str, int] | None = None,
+    ) -> None:
+        self.tensors, self.base_fingerprint = tensors, base
+        self.config, self._tokens = dict(config or {}), tokens
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def piece(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.tensors[name].reshape(-1)[start:stop].clone()
+
+    def tokens(self) -> dict[str, int] | None:
+        return self._tokens
+
+
 class FakeContext:
     """The context a method sees at run time.
 
@@ -88,6 +118,8 @@ class FakeContext:
         scores: what ``score`` returns.
         evaluate: metric of a state dict, for weight operations.
         held_out: what ``batches()`` gives.
+        controls: name -> metric of a state dict on what is to be kept.
+        models: sources of the models that weight operations began with.
     """
 
     def __init__(
@@ -103,12 +135,17 @@ class FakeContext:
         scores: Sequence[Any] = (),
         evaluate: Callable[[Mapping[str, torch.Tensor]], float] | None = None,
         held_out: Sequence[Any] = (),
+        controls: Mapping[str, Callable[[Mapping[str, torch.Tensor]], float]] | None = None,
+        models: Mapping[str, Any] | None = None,
     ) -> None:
         self.seed, self.step, self.total_steps, self.epoch = seed, step, total_steps, epoch
         self.task = SimpleNamespace(name=task)
         self.processor = processor if processor is not None else FakeTokenizer()
         self.device = torch.device("cpu")
         self.totals = {"token": 1.0, "sequence": 1.0}
+        self.start = 0
+        self.models: Mapping[str, Any] = models or {}
+        self._controls = controls
         self.logged: dict[str, float] = {}
         self.passes = 0
         self._forward, self._scores, self._evaluate, self._held_out = forward, scores, evaluate, held_out
@@ -125,6 +162,12 @@ class FakeContext:
     def evaluate(self, model: Mapping[str, torch.Tensor]) -> float:
         assert self._evaluate is not None
         return self._evaluate(model)
+
+    accuracy = evaluate
+
+    def controls(self, model: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        assert self._controls is not None
+        return {name: score(model) for name, score in self._controls.items()}
 
     def batches(self) -> Any:
         return iter(self._held_out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fakes import FakeContext
+from fakes import FakeContext, MemorySource
 
 from helpers import tiny_llama
 from luthier.core.errors import LuthierError, UserError
@@ -12,17 +12,6 @@ from luthier.methods.weights.half_reset import HalfReset, half_reset
 
 BASE = {n: p.detach() for n, p in tiny_llama(0).named_parameters()}
 TUNED = {n: p.detach() + 1.0 for n, p in tiny_llama(0).named_parameters()}
-
-
-class Source:
-    def __init__(self, tensors):
-        self.tensors = tensors
-
-    def names(self):
-        return list(self.tensors)
-
-    def tensor(self, name):
-        return self.tensors[name]
 
 
 @pytest.mark.parametrize("level", ["category", "layer", "model"])
@@ -56,7 +45,7 @@ def test_the_operation_over_sources_is_the_function():
     method, ctx = HalfReset(seed=4), FakeContext()
     with pytest.raises(LuthierError, match="prepare must run"):
         method.tensor("x", {}, ctx)
-    method.prepare({"base": Source(BASE), "tuned": Source(TUNED)}, ctx)
+    method.prepare({"base": MemorySource(BASE), "tuned": MemorySource(TUNED)}, ctx)
     expected = half_reset(TUNED, BASE, seed=4)
     for name in BASE:
         assert torch.equal(method.tensor(name, {"base": BASE[name], "tuned": TUNED[name]}, ctx), expected[name])

@@ -20,6 +20,10 @@ def tensors() -> dict[str, torch.Tensor]:
     return {name: (10 * torch.rand(3, 5)).to(kind) for name, kind in kinds.items()}
 
 
+def layout(state: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+
+
 def test_header_and_tensors(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file(tensors(), file, metadata={"format": "pt"})
@@ -37,9 +41,9 @@ def test_header_and_tensors(tmp_path: Path) -> None:
 
 
 def test_one_shard_becomes_a_plain_model_file(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path) as writer:
-        for name, tensor in tensors().items():
-            writer.add(name, tensor)
+    with ShardWriter(tmp_path, layout(tensors())) as writer:
+        for name in writer.names:
+            writer.write(name, tensors()[name])
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
     assert all(torch.equal(v, tensors()[k]) for k, v in load_file(tmp_path / "model.safetensors").items())
 
@@ -56,9 +60,11 @@ def test_many_shards_open_in_transformers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
     config.save_pretrained(tmp_path)
-    with ShardWriter(tmp_path, max_bytes=4000) as writer:
-        for name, tensor in model.state_dict().items():
-            writer.add(name, tensor)
+    state = model.state_dict()
+    with ShardWriter(tmp_path, layout(state), max_bytes=4000) as writer:
+        for name in writer.names:
+            for piece in state[name].flatten().split(100):
+                writer.write(name, piece)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
     assert set(index["weight_map"]) == set(model.state_dict())
@@ -70,13 +76,40 @@ def test_many_shards_open_in_transformers(tmp_path: Path) -> None:
     assert torch.equal(Shards(tmp_path).tensor(name), model.state_dict()[name])
 
 
-def test_views_and_doubles(tmp_path: Path) -> None:
+def test_pieces_are_read_and_written_in_order(tmp_path: Path) -> None:
     whole = torch.arange(6.0).reshape(2, 3)
-    with ShardWriter(tmp_path) as writer:
-        writer.add("t", whole.T)
-        with pytest.raises(ValueError, match="twice"):
-            writer.add("t", whole)
-    assert torch.equal(Shards(tmp_path).tensor("t"), whole.T)
+    with ShardWriter(tmp_path, layout({"t": whole.T, "empty": torch.zeros(0), "one": torch.tensor(7)})) as writer:
+        assert writer.names == ["one", "t", "empty"]
+        writer.write("one", torch.tensor(7))
+        writer.write("t", whole.T[:1])
+        writer.write("t", whole.T[1:])
+        writer.write("empty", torch.zeros(0))
+    shards = Shards(tmp_path)
+    assert torch.equal(shards.tensor("t"), whole.T)
+    assert shards.piece("t", 1, 3).tolist() == whole.T.flatten()[1:3].tolist()
+    assert shards.piece("t", 4, 99).tolist() == whole.T.flatten()[4:].tolist()
+    assert shards.piece("t", 99, 100).numel() == 0
+    assert shards.piece("one", 0, 1).tolist() == [7]
+    shards.close()
+
+
+@pytest.mark.parametrize("name", tensors())
+def test_a_piece_is_the_tensor_whatever_its_type(tmp_path: Path, name: str) -> None:
+    save_file(tensors(), tmp_path / "model.safetensors")
+    piece = Shards(tmp_path).piece(name, 2, 11)
+    assert torch.equal(piece, tensors()[name].flatten()[2:11])
+
+
+def test_what_was_not_announced_is_refused(tmp_path: Path) -> None:
+    plan = layout({"a": torch.zeros(4), "b": torch.zeros(2)})
+    with pytest.raises(ValueError, match="not the turn of tensor 'b'"), ShardWriter(tmp_path, plan) as writer:
+        writer.write("b", torch.zeros(2))
+    with pytest.raises(ValueError, match="announced as torch.float32"), ShardWriter(tmp_path, plan) as writer:
+        writer.write("a", torch.zeros(4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="longer than announced"), ShardWriter(tmp_path, plan) as writer:
+        writer.write("a", torch.zeros(5))
+    with pytest.raises(ValueError, match="'a' is not complete"), ShardWriter(tmp_path, plan) as writer:
+        writer.write("a", torch.zeros(3))
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:

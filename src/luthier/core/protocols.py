@@ -493,14 +493,59 @@ class Reward(Protocol):
         """One score per completion, None where it cannot be judged."""
 
 
-class WeightOp(Protocol):
-    """Merging and editing of weights, tensor by tensor over lazily read shards."""
+class Source(Protocol):
+    """The weights of one model, read when asked for.
 
-    def prepare(self, sources: Mapping[str, Any], ctx: Any) -> None:
-        """An optional first pass over the sources (each offers ``names()`` and ``tensor(name)``) for statistics."""
+    Attributes:
+        base_fingerprint: hash of the base it was fine-tuned from, where that is recorded.
+        config: its configuration.
+    """
+
+    base_fingerprint: str | None
+    config: Mapping[str, Any]
+
+    def names(self) -> list[str]:
+        """Names of its tensors."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor."""
+
+    def piece(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Entries ``start`` to ``stop`` of a tensor in row order, flat; fewer where the tensor ends before."""
+
+    def tokens(self) -> dict[str, int] | None:
+        """Token -> id of its tokenizer; None where there is none that can be read."""
+
+
+class WeightOp(Protocol):
+    """Merging and editing of weights, tensor by tensor over lazily read shards.
+
+    All but ``tensor`` is optional. The sources are ``tuned``, the first model or the result of the operation before;
+    ``base``, where there is one; and the further models by label. Floating-point tensors only: others are ``tuned``'s.
+
+    Attributes:
+        needs_base: it reads the base, which must have the models' tensors; a head that only one model has is kept.
+        needs_rows: it chooses by a score on held-out rows.
+        count: the smallest and the largest number of models besides the base and foreign ones (None: any).
+        sources: label -> place of further models that the recipe's options name.
+        elementwise: each entry of the result depends on that entry of the sources alone (and on what ``prepare``
+            found), so that ``tensor`` may be given flat pieces of all tensors, in order; ``ctx.start`` is the first
+            one's place.
+        pads_rows: sources may have fewer rows of a tensor than ``tuned``, and other tokenizers; the operation checks.
+        foreign: labels of sources that may come from another base.
+        like: the label whose types the result is stored in, by default ``tuned``.
+        onto: the label whose tensor names, shapes, configuration and tokenizer the result has, by default ``tuned``.
+        recipe: JSON about what was chosen and found, kept beside the result.
+    """
+
+    def prepare(self, sources: Mapping[str, Source], ctx: Any) -> None:
+        """An optional first pass over the sources for statistics, choices and checks."""
 
     def tensor(self, name: str, tensors: Mapping[str, torch.Tensor], ctx: Any) -> torch.Tensor:
-        """The new tensor from those of the sources; ``base`` and ``tuned`` are always there, further ones by label."""
+        """The new tensor (or piece) from those of the sources, in any floating-point type."""
 
 
 class Decoder(Protocol):

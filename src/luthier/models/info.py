@@ -130,6 +130,13 @@ def resolve(spec: str | Path, *, revision: str | None = None) -> Path:
     return _from_hub(text, revision)
 
 
+def model_of(spec: str | Path) -> str | Path:
+    """The model inside the folder of a run; anything else as it is."""
+    inside = Path(spec).expanduser() / "model"
+    held = any((inside / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return str(inside) if held else spec
+
+
 def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import constants, errors, snapshot_download
 

@@ -1,14 +1,14 @@
 """Safetensors checkpoints, one file or many, read and written tensor by tensor.
 
-Headers are read without torch; a tensor is read from disk only when it is asked for, and the writer keeps at most one
-shard in memory, so models larger than memory can be merged and edited.
+Headers are read without torch; a tensor, or a piece of one, is read from disk only when it is asked for, and the writer
+keeps nothing in memory, so models larger than memory can be merged and edited.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,11 @@ _BITS = dict.fromkeys(("F64", "I64", "U64", "C64"), 64)
 _BITS |= dict.fromkeys(("F32", "I32", "U32"), 32) | dict.fromkeys(("F16", "BF16", "I16", "U16"), 16)
 _BITS |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
 _BITS |= {"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+# The format's names of types -> torch's.
+_TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool"}
+_TORCH |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
+_TORCH |= {"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"}
+_TORCH |= {f"{sign}{bits}": f"{word}int{bits}" for sign, word in (("I", ""), ("U", "u")) for bits in (8, 16, 32, 64)}
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,13 @@ class TensorInfo:
         dtype: the format's name, such as ``F32`` or ``BF16``.
         shape: its shape.
         file: the file that holds it.
+        offset: where its bytes begin in the file.
     """
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
+    offset: int
 
     @property
     def numel(self) -> int:
@@ -72,7 +79,10 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         header: dict[str, Any] = json.loads(text)
         metadata = header.pop("__metadata__", {})
-        tensors = {k: TensorInfo(v["dtype"], tuple(v["shape"]), file) for k, v in header.items()}
+        tensors = {
+            k: TensorInfo(v["dtype"], tuple(v["shape"]), file, 8 + length + v["data_offsets"][0])
+            for k, v in header.items()
+        }
         end = max((v["data_offsets"][1] for v in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -83,6 +93,24 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             f"is cut short: {size} bytes of {8 + length + end}. Fetch or save the model again.", where=str(file)
         )
     return tensors, metadata
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The type of torch that the format calls so.
+
+    Raises:
+        UserError: torch has no such type of whole bytes.
+    """
+    import torch
+
+    if name not in _TORCH:
+        raise UserError(f"tensors of type {name} are packed and cannot be read as numbers.")
+    kind: torch.dtype = getattr(torch, _TORCH[name])
+    return kind
+
+
+def _format_name(kind: torch.dtype) -> str:
+    return next(name for name, known in _TORCH.items() if known == str(kind).removeprefix("torch."))
 
 
 class Shards:
@@ -100,6 +128,7 @@ class Shards:
         self.header: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         self._open: dict[Path, Any] = {}
+        self._raw: dict[Path, Any] = {}
         for file in self._files():
             tensors, metadata = read_header(file)
             self.header.update(tensors)
@@ -152,6 +181,36 @@ class Shards:
         tensor: torch.Tensor = self._open[file].get_tensor(name)
         return tensor
 
+    def piece(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Entries ``start`` to ``stop`` of a tensor in row order, flat; fewer where the tensor ends before.
+
+        They are read into memory of their own: what was mapped from a file would count as the process's memory.
+        """
+        import torch
+
+        info = self.header[name]
+        kind = torch_dtype(info.dtype)
+        stop = min(stop, info.numel)
+        flat = torch.empty(max(stop - start, 0), dtype=kind)
+        if flat.numel():
+            if info.file not in self._raw:
+                self._raw[info.file] = info.file.open("rb", buffering=0)
+            handle = self._raw[info.file]
+            handle.seek(info.offset + start * kind.itemsize)
+            space = memoryview(flat.view(torch.uint8).numpy())
+            while len(space):
+                if not (read := handle.readinto(space)):
+                    raise UserError("ends before its header says. Fetch the model again.", where=str(info.file))
+                space = space[read:]
+        return flat
+
+    def close(self) -> None:
+        """Close the files."""
+        for handle in self._raw.values():
+            handle.close()
+        self._raw.clear()
+        self._open.clear()
+
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) in the order of the names, one in memory at a time."""
         for name in self.names():
@@ -169,61 +228,109 @@ class Shards:
 
 
 class ShardWriter:
-    """Writes tensors into numbered safetensors files and their index; a single shard becomes ``model.safetensors``.
+    """Writes tensors, piece by piece, into numbered safetensors files and their index; one shard is a plain file.
 
-    Use as a context manager, inside :func:`luthier.core.store.atomic_folder` when the folder must be whole or absent.
+    What will be written is told beforehand, so that a file's header stands before its tensors and nothing is kept in
+    memory. Use as a context manager, inside :func:`luthier.core.store.atomic_folder` when the folder must be whole or
+    absent.
 
     Args:
         folder: an existing folder.
-        max_bytes: size above which a shard is closed.
+        layout: name -> (type, shape) of every tensor.
+        max_bytes: size above which a new shard begins.
     """
 
-    def __init__(self, folder: Path, *, max_bytes: int = 5_000_000_000) -> None:
-        self.folder, self.max_bytes = Path(folder), max_bytes
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._seen: set[str] = set()
-        self._total = 0
+    def __init__(
+        self,
+        folder: Path,
+        layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        *,
+        max_bytes: int = 5_000_000_000,
+    ) -> None:
+        self.folder, self.layout = Path(folder), layout
+        # Wide types first, as the format's own writer has it: each tensor then begins at a multiple of its width.
+        self.names = sorted(layout, key=lambda name: -layout[name][0].itemsize)
+        self.shards: list[list[str]] = [[]]
+        size = 0
+        for name in self.names:
+            more = self._bytes(name)
+            if self.shards[-1] and size + more > max_bytes:
+                self.shards.append([])
+                size = 0
+            self.shards[-1].append(name)
+            size += more
+        self._at = self._written = 0
+        self._shard = -1
+        self._handle: Any = None
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Queue one tensor; each name once."""
-        if name in self._seen:
-            raise ValueError(f"tensor '{name}' was added twice")
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.max_bytes:
-            self._flush()
-        self._seen.add(name)
-        # A view of a larger storage would be refused by the format (and would be written whole).
-        self._pending[name] = tensor.detach().cpu().contiguous().clone()
-        self._pending_bytes += size
-        self._total += size
+    def _bytes(self, name: str) -> int:
+        kind, shape = self.layout[name]
+        return math.prod(shape) * kind.itemsize
 
-    def _flush(self) -> None:
-        from safetensors.torch import save_file
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """The next piece of a tensor, or all of it; tensors come in the order of ``names``, each whole before the next.
 
-        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+        Raises:
+            ValueError: another tensor's turn, another type, or more than the tensor holds.
+        """
+        import torch
 
-    def _part(self, number: int) -> Path:
-        return self.folder / f"part-{number:05d}.safetensors"
+        if self._at == len(self.names) or name != self.names[self._at]:
+            raise ValueError(f"it is not the turn of tensor '{name}'")
+        if tensor.dtype != self.layout[name][0]:
+            raise ValueError(f"tensor '{name}' is {tensor.dtype}, announced as {self.layout[name][0]}")
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        self._written += flat.numel()
+        if self._written > self._bytes(name):
+            raise ValueError(f"tensor '{name}' is longer than announced")
+        space = memoryview(flat.numpy())
+        self._open_for(name)
+        while len(space):
+            space = space[self._handle.write(space) :]
+        if self._written == self._bytes(name):
+            self._at, self._written = self._at + 1, 0
+
+    def _open_for(self, name: str) -> None:
+        if self._handle is not None and name in self._current:
+            return
+        if self._handle is not None:
+            self._handle.close()
+        self._shard += 1
+        self._current = set(self.shards[self._shard])
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for each in self.shards[self._shard]:
+            kind, shape = self.layout[each]
+            start, end = end, end + self._bytes(each)
+            header[each] = {"dtype": _format_name(kind), "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._handle = (self.folder / self._file(self._shard)).open("wb", buffering=0)
+        self._handle.write(len(text).to_bytes(8, "little") + text)
+
+    def _file(self, number: int) -> str:
+        count = len(self.shards)
+        return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
     def close(self) -> None:
-        """Write what is queued, give the files their final names, and write the index."""
-        if self._pending or not self._shards:
-            self._flush()
-        count = len(self._shards)
-        if count == 1:
-            self._part(0).rename(self.folder / SINGLE)
-            return
-        mapping: dict[str, str] = {}
-        for number, names in enumerate(self._shards):
-            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            self._part(number).rename(self.folder / file)
-            mapping.update(dict.fromkeys(names, file))
-        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(mapping.items()))}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        """Close the last file and write the index.
+
+        Raises:
+            ValueError: a tensor is missing or incomplete.
+        """
+        self._release()
+        if self._at < len(self.names):
+            raise ValueError(f"tensor '{self.names[self._at]}' is not complete")
+        if len(self.shards) > 1:
+            mapping = {name: self._file(number) for number, names in enumerate(self.shards) for name in names}
+            total = sum(map(self._bytes, self.names))
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(mapping.items()))}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _release(self) -> None:
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -231,3 +338,5 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
+        else:
+            self._release()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import UserError, did_you_mean, missing_extra
+from luthier.core.lazy import deferred
 from luthier.recipe.problems import RecipeError, key_text
 from luthier.recipe.schema import KeyPath, Recipe
 
@@ -125,6 +126,20 @@ def adapters(made: Plan) -> None:
                 f"{op.key}: '{op.slug}' works on a whole model, but '{choice.slug}' ({choice.key}) leaves an adapter. "
                 f"Way out: parameters: [{{{choice.slug}: {{merge: true}}}}].",
                 where=op.place,
+            )
+
+
+def rows_to_choose_by(made: Plan) -> None:
+    """Refuse a weight operation that chooses by a score where there are no rows to score on."""
+    data = made.recipe.data
+    for choice in made.weights[:1] if data.select is None and data.test is None else ():
+        with deferred():
+            needed = getattr(choice.build(), "needs_rows", False)
+        if needed:
+            raise UserError(
+                f"{choice.key}: '{choice.slug}' chooses by a score on held-out rows, and there are none. Name some "
+                "under data.select, or give the values it would choose.",
+                where=choice.place,
             )
 
 

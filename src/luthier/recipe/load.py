@@ -58,8 +58,6 @@ def load(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every key with its value; loading it gives the same recipe."""
-    from ruamel.yaml import YAML
-
     data = recipe.model_dump(exclude={"data": {"train", "test", "select", "keep"}})
     keep = recipe.data.keep
     sources = {
@@ -69,6 +67,13 @@ def dump(recipe: Recipe) -> str:
         "keep": [_named(k) for k in keep] if isinstance(keep, list) else keep,
     }
     data["data"] = {**sources, **data["data"]}
+    return dump_yaml(data)
+
+
+def dump_yaml(data: dict[str, Any]) -> str:
+    """A mapping as YAML, its keys in their order."""
+    from ruamel.yaml import YAML
+
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]

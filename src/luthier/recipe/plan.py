@@ -176,6 +176,7 @@ def plan(recipe: Recipe) -> Plan:
     checks.sum(made)
     checks.repeats(made)
     checks.adapters(made)
+    checks.rows_to_choose_by(made)
     checks.conflicts(made)  # first: they tell the reason
     if made.task != "auto":
         checks.tasks(made)

@@ -12,8 +12,8 @@ import torch
 
 from luthier.core import rng
 from luthier.core.protocols import Batch, Outputs
+from luthier.models.sources import ModelSource
 from luthier.runs.measure import batches
-from luthier.runs.weights import ModelSource
 
 
 class AnalysisContext:

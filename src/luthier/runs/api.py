@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from luthier.core import registry
 from luthier.core.errors import UserError
-from luthier.models.info import read_json
+from luthier.models.info import model_of, read_json
 from luthier.runs.run import Run, Workshop, execute, open_model
 
 __all__ = ["Run", "check", "evaluate", "generate", "merge", "plan_of", "prepare_data", "quickstart", "train", "tune"]
@@ -62,7 +63,7 @@ def train(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
     return execute(plan, resume=resume, quiet=quiet)
 
 
-def _opened(plan: Any, *, keep: bool = True, folder: Path | None = None) -> tuple[Any, Any, str]:
+def opened(plan: Any, *, keep: bool = True, folder: Path | None = None) -> tuple[Any, Any, str]:
     """(data, model info, task) of a plan, without weights."""
     from luthier.models.load import inspect, load_processor
     from luthier.runs import setup
@@ -77,11 +78,11 @@ def _opened(plan: Any, *, keep: bool = True, folder: Path | None = None) -> tupl
 
 def prepare_data(plan: Any) -> tuple[Any, Any, Any]:
     """(rows, renderer, prepared) of the training data, for looking at it."""
-    data, _, _ = _opened(plan, keep=False)
+    data, _, _ = opened(plan, keep=False)
     return data.train.rows, data.renderer, data.train.prepared
 
 
-def _planned(recipe: Any, overrides: Sequence[str] = ()) -> Any:
+def planned(recipe: Any, overrides: Sequence[str] = ()) -> Any:
     """A plan as it is; anything else that names a recipe, or the folder of a run, planned."""
     from luthier.recipe.plan import Plan
 
@@ -110,7 +111,7 @@ def check(recipe: Any, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from luthier.runs import disk, setup
     from luthier.runs.run import check_folder
 
-    plan = _planned(recipe, overrides)
+    plan = planned(recipe, overrides)
     folder = Path(plan.recipe.output)
     notes = []
     if (folder / "recipe.yaml").exists():
@@ -118,7 +119,7 @@ def check(recipe: Any, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
     else:
         check_folder(plan, folder, resume=False)
     setup.require_tools(plan)
-    data, info, task = _opened(plan)
+    data, info, task = opened(plan)
     notes += [text for text in [setup.check_length(plan)] if text]
     stack = setup.build_stack(plan)
     training = plan.recipe.training
@@ -165,14 +166,14 @@ def evaluate(
     from luthier.models.load import load
     from luthier.runs import setup
 
-    plan = _planned(recipe, overrides)
+    plan = planned(recipe, overrides)
     setup.settings(plan)
     setup.require_tools(plan)
     if harness:
         from luthier.evaluation.harness import require
 
         require()
-    data, _, task = _opened(plan)
+    data, _, task = opened(plan)
     trained = Path(plan.recipe.output) / "model"
     spec = model_folder or (trained if trained.exists() else None)
     loaded = open_model(plan, data.labels) if spec is None else load(spec, task=task, labels=data.labels or None)
@@ -213,7 +214,6 @@ def generate(
     Raises:
         UserError: no such model, or one that does not write text.
     """
-    from luthier.core import registry
     from luthier.data.render import Renderer
     from luthier.engine.stack import Setup
     from luthier.models.load import inspect, load
@@ -221,7 +221,7 @@ def generate(
     from luthier.runs import setup
 
     setup.quieten()
-    model = _model_of(model)
+    model = model_of(model)
     task = inspect(model).task
     if task not in (None, "causal-lm"):
         raise UserError(f"is a model for {task}, which does not write text.", where=str(model))
@@ -235,33 +235,60 @@ def generate(
     return [c.text for c in decoder.generate(loaded.model, ids, context)]
 
 
-def merge(adapter: str | Path, folder: str | Path, *, dtype: str = "float32") -> Any:
-    """Merge an adapter into its base and save a plain model: the Python form of ``luthier merge``.
+def merge(
+    models: str | Path | Sequence[str | Path],
+    folder: str | Path,
+    *,
+    op: str | dict[str, Any] | Sequence[str | dict[str, Any]] | None = None,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+    rows: Any = None,
+    quiet: bool = True,
+) -> Any:
+    """Merge an adapter into its base, or several models into one: the Python form of ``luthier merge``.
+
+    Without ``op`` the one adapter given is merged into its base. With it the weight operations are run over the models,
+    as under ``weights`` in a recipe; adapters among them are merged first.
 
     Args:
-        adapter: the folder of a run that left an adapter, or of the adapter.
+        models: the folder of a run or of a model, or several; or a YAML file with models, base and weights.
         folder: where the merged model goes.
-        dtype: type of the merged weights.
+        op: a weight operation by name, ``{name: options}``, or a list of these.
+        base: what the models were fine-tuned from, for operations on the change.
+        dtype: type of the merged weights; by default float32 for an adapter, for models as they are stored.
+        rows: a recipe on whose data an operation chooses (greedy soups, the alpha of LiNeS).
+        quiet: show no progress.
 
     Returns:
-        :class:`luthier.models.merge.MergeReport`: how far the merged model's logits are from the adapter's.
+        :class:`luthier.models.merge.MergeReport` for an adapter: how far the merged model's logits are from its own;
+        :class:`luthier.runs.merging.Merged` for models.
 
     Raises:
-        UserError: there is no adapter in the folder.
-        LuthierError: the merged model answers differently; nothing is written.
+        UserError: no adapter in the folder, or models that do not fit together; names the tensor or file.
+        LuthierError: the merged model answers differently from the adapter; nothing is written.
+
+    Example::
+
+        luthier.merge(["runs/a", "runs/b"], "merged", op={"ties": {"density": 0.2}}, base="lab:nano")
     """
-    from luthier.models.merge import merge as run
-    from luthier.runs import setup
+    from luthier.runs import merging, setup
 
     setup.quieten()
-    return run(_model_of(adapter), folder, dtype=dtype)
+    several = [models] if isinstance(models, str | Path) else list(models)
+    if len(several) == 1 and Path(several[0]).suffix in (".yaml", ".yml"):
+        if op is not None or base is not None or rows is not None:
+            raise UserError("a YAML file says all that is to be merged; give no operation, base or rows beside it.")
+        given = merging.read_recipe(Path(several[0]))
+        return merging.merge_models(folder=folder, quiet=quiet, **{**given, **({"dtype": dtype} if dtype else {})})
+    if op is not None:
+        weights = [op] if isinstance(op, str | dict) else list(op)
+        return merging.merge_models(several, folder, weights, base=base, dtype=dtype, rows=rows, quiet=quiet)
+    if len(several) != 1:
+        known = ", ".join(registry.names("weights"))
+        raise UserError(f"{len(several)} models without an operation to combine them. Operations: {known}.")
+    from luthier.models.merge import merge as run
 
-
-def _model_of(folder: str | Path) -> str | Path:
-    """The model inside the folder of a run; anything else as it is."""
-    inside = Path(folder).expanduser() / "model"
-    held = any((inside / name).is_file() for name in ("config.json", "adapter_config.json"))
-    return str(inside) if held else folder
+    return run(model_of(several[0]), folder, dtype=dtype or "float32")
 
 
 def prompt_row(prompt: str | list[dict[str, Any]], separator: str | None = None) -> dict[str, Any]:

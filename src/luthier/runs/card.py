@@ -64,14 +64,14 @@ def card(folder: Path) -> str:
     adapter = (folder / "model" / "adapter_config.json").is_file()
     judged = judging.verdict(evaluation)
     parts = [
-        _front_matter(base, task, adapter=adapter),
+        front_matter(base, task, adapter=adapter),
         f"# {plain(folder.resolve().name)}",
         f"{plain(base)}, fine-tuned with Luthier: {plain(_methods(manifest))}.",
         f"**{judged.headline}**",
         "\n".join(f"- {plain(c.sentence)}" for c in judged.cards),
         "\n".join(f"- {plain(note)}" for note in manifest.get("notes") or ()),
         _results(evaluation),
-        f"## How to use\n\n{fenced(_usage(task, base, folder / 'model', adapter=adapter), 'python')}",
+        f"## How to use\n\n{fenced(usage(task, base, folder / 'model', adapter=adapter), 'python')}",
         f"## How it was made\n\n{_making(base, manifest, evaluation)}",
         f"The resolved recipe; `luthier train recipe.yaml` runs it again.\n\n{fenced(recipe, 'yaml')}"
         if recipe
@@ -95,7 +95,8 @@ def fenced(text: str, language: str) -> str:
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
-def _front_matter(base: str, task: str, *, adapter: bool) -> str:
+def front_matter(base: str, task: str, *, adapter: bool = False) -> str:
+    """What the hub reads of a card."""
     lines = ["---", f"library_name: {'peft' if adapter else 'transformers'}"]
     if task in _PIPELINES:
         lines.append(f"pipeline_tag: {_PIPELINES[task]}")
@@ -139,20 +140,22 @@ def _with_interval(value: str, span: str) -> str:
     return f"{value} ({span})" if span else value
 
 
-def _usage(task: str, base: str, model: Path, *, adapter: bool) -> str:
-    name = _CLASSES.get(task, "AutoModel")
+def usage(task: str, base: str, model: Path, *, adapter: bool = False, name: str = "model") -> str:
+    """Python that opens the model and asks it something; ``name`` is what its folder is called in the end."""
+    place = json.dumps(name)
+    opener = _CLASSES.get(task, "AutoModel")
     image = task == "image-classification"
     processor = "AutoImageProcessor" if image else "AutoTokenizer"
     options = ', backend="pil"' if image else ""
     if adapter:
         opening = (
-            f"from peft import PeftModel\nfrom transformers import {name}, {processor}\n\n"
-            f"base = {name}.from_pretrained({json.dumps(base)})  # a hub id, or the folder of the base\n"
-            f'model = PeftModel.from_pretrained(base, "model")\n'
+            f"from peft import PeftModel\nfrom transformers import {opener}, {processor}\n\n"
+            f"base = {opener}.from_pretrained({json.dumps(base)})  # a hub id, or the folder of the base\n"
+            f"model = PeftModel.from_pretrained(base, {place})\n"
         )
     else:
-        opening = f'from transformers import {name}, {processor}\n\nmodel = {name}.from_pretrained("model")\n'
-    opening += f'processor = {processor}.from_pretrained("model"{options})\n'
+        opening = f"from transformers import {opener}, {processor}\n\nmodel = {opener}.from_pretrained({place})\n"
+    opening += f"processor = {processor}.from_pretrained({place}{options})\n"
     if task == "causal-lm":
         # As in training: with the chat template, or with what stands between prompt and answer.
         if (model / "chat_template.jinja").is_file() and prompts_of(model).get("template") != "none":

@@ -2,10 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class MergeProgress:
+    """A live line per weight operation, which counts tensors.
+
+    Args:
+        quiet: show nothing.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True, quiet=quiet),
+            disable=quiet,
+            refresh_per_second=4,
+        )
+
+    def __enter__(self) -> MergeProgress:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def operation(self, slug: str) -> Callable[[str, int], None]:
+        """The observer of one operation: told of each tensor that is written and of how many there are."""
+        bar = self.progress.add_task(slug, total=None, shown="")
+
+        def observe(name: str, total: int) -> None:
+            self.progress.update(bar, total=total, advance=1, shown=name)
+
+        return observe
 
 
 class TrainProgress:

@@ -66,6 +66,8 @@ def half_reset(
 class HalfReset:
     """Half reset: a random half of the tuned tensors goes back to the base, to see what knowledge returns."""
 
+    needs_base, elementwise, count = True, True, (1, 1)
+
     def __init__(
         self,
         *,
@@ -82,9 +84,9 @@ class HalfReset:
 
     def prepare(self, sources: Mapping[str, Any], ctx: Any) -> None:
         """Choose from the base's names and shapes."""
-        base = sources["base"]
-        shapes = {name: tuple(base.tensor(name).shape) for name in base.names()}
-        self.names = reset_names(shapes, self.fraction, seed=self.seed, level=self.level, balance=self.balance)
+        self.names = reset_names(
+            sources["base"].shapes(), self.fraction, seed=self.seed, level=self.level, balance=self.balance
+        )
 
     def tensor(self, name: str, tensors: Mapping[str, torch.Tensor], ctx: Any) -> torch.Tensor:
         """The base's tensor where chosen, else the tuned one."""

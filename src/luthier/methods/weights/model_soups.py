@@ -32,7 +32,7 @@ from luthier.core.errors import LuthierError, UserError, did_you_mean
 from luthier.core.protocols import Batch
 from luthier.core.registry import weight_op
 from luthier.core.rng import numpy_stream
-from luthier.functional.averaging import Average, first_mismatch, greedy, learn_mixture, mean, ranked
+from luthier.functional.averaging import Average, greedy, learn_mixture, mean, ranked
 
 
 class _Lazy(Mapping[str, "torch.Tensor"]):
@@ -60,6 +60,8 @@ class _Lazy(Mapping[str, "torch.Tensor"]):
 )
 class ModelSoups:
     """Model soups: average the weights of several models fine-tuned from the same start."""
+
+    elementwise = True
 
     def __init__(
         self,
@@ -92,7 +94,7 @@ class ModelSoups:
         self.ingredients = list(ingredients or [])
         if len(set(self.ingredients)) != len(self.ingredients):
             raise UserError("model-soups: an ingredient is named twice.")
-        self.method, self.include_base = method, include_base
+        self.method, self.include_base, self.needs_base = method, include_base, include_base
         self.coefficients, self.accept, self.order, self.direction = coefficients, accept, order, direction
         self.learning_rate, self.epochs, self.seed = learning_rate, epochs, seed
         # What was done, for the run's JSON: ingredients, scores, log and final coefficients.
@@ -105,17 +107,22 @@ class ModelSoups:
         """Label -> folder of the further models to open."""
         return {folder: folder for folder in self.ingredients}
 
+    @property
+    def needs_rows(self) -> bool:
+        """Whether the ingredients are chosen or weighed by a score."""
+        return self.method != "uniform"
+
     def prepare(self, sources: Mapping[str, Any], ctx: Any) -> None:
-        """Check that the ingredients fit together, and find the weights.
+        """Find the weights.
 
         Raises:
-            UserError: an ingredient is missing, or differs in its tensors or its base.
+            UserError: an ingredient is missing, or the coefficients name none or sum to nothing.
         """
         labels = [label for label in sources if label != "base" or self.include_base]
         if missing := [folder for folder in self.ingredients if folder not in sources]:
             raise UserError(f"model-soups: the ingredient {missing[0]} was not opened.")
         models = {label: _Lazy(sources[label]) for label in labels}
-        self._check(models, sources)
+        self._warn_of_running_statistics(models)
         self.recipe = {"method": self.method, "ingredients": labels}
         self._labels, self._weights = labels, None
         if self.method == "uniform":
@@ -135,20 +142,7 @@ class ModelSoups:
 
     # -- parts
 
-    def _check(self, models: Mapping[str, Mapping[str, torch.Tensor]], sources: Mapping[str, Any]) -> None:
-        shapes = {label: {n: tuple(m[n].shape) for n in m} for label, m in models.items()}
-        if problem := first_mismatch(shapes):
-            raise UserError(
-                f"model-soups: {problem}. Ingredients must be fine-tuned from one base with one head and tokenizer."
-            )
-        bases = {label: getattr(sources[label], "base_fingerprint", None) for label in models if label != "base"}
-        known = {label: value for label, value in bases.items() if value}
-        if len(set(known.values())) > 1:
-            (first, value), *others = known.items()
-            other = next(label for label, v in others if v != value)
-            raise UserError(
-                f"model-soups: '{first}' and '{other}' were fine-tuned from different bases and cannot be averaged."
-            )
+    def _warn_of_running_statistics(self, models: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         running = sorted({n for m in models.values() for n in m if "running_mean" in n or "running_var" in n})
         if running:
             warnings.warn(
