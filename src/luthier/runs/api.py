@@ -62,7 +62,7 @@ def train(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
     return execute(plan, resume=resume, quiet=quiet)
 
 
-def _opened(plan: Any, *, keep: bool = True, folder: Path | None = None) -> tuple[Any, Any, str]:
+def open_data(plan: Any, *, keep: bool = True, folder: Path | None = None) -> tuple[Any, Any, str]:
     """(data, model info, task) of a plan, without weights."""
     from luthier.models.load import inspect, load_processor
     from luthier.runs import setup
@@ -77,7 +77,7 @@ def _opened(plan: Any, *, keep: bool = True, folder: Path | None = None) -> tupl
 
 def prepare_data(plan: Any) -> tuple[Any, Any, Any]:
     """(rows, renderer, prepared) of the training data, for looking at it."""
-    data, _, _ = _opened(plan, keep=False)
+    data, _, _ = open_data(plan, keep=False)
     return data.train.rows, data.renderer, data.train.prepared
 
 
@@ -118,7 +118,7 @@ def check(recipe: Any, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
     else:
         check_folder(plan, folder, resume=False)
     setup.require_tools(plan)
-    data, info, task = _opened(plan)
+    data, info, task = open_data(plan)
     notes += [text for text in [setup.check_length(plan)] if text]
     stack = setup.build_stack(plan)
     training = plan.recipe.training
@@ -172,7 +172,7 @@ def evaluate(
         from luthier.evaluation.harness import require
 
         require()
-    data, _, task = _opened(plan)
+    data, _, task = open_data(plan)
     trained = Path(plan.recipe.output) / "model"
     spec = model_folder or (trained if trained.exists() else None)
     loaded = open_model(plan, data.labels) if spec is None else load(spec, task=task, labels=data.labels or None)
