@@ -28,7 +28,9 @@ class Fake:
         die_after: calls after which the process is killed.
     """
 
-    def __init__(self, scores, *, planned=1000, pace=0.01, start=1.0, broken=(), losses=None, groups=None, die_after=None):
+    def __init__(
+        self, scores, *, planned=1000, pace=0.01, start=1.0, broken=(), losses=None, groups=None, die_after=None
+    ):
         self.scores, self._planned, self.pace, self.start = scores, planned, pace, start
         self.broken, self.losses, self.groups = broken, losses or {}, groups or {}
         self.die_after, self.calls, self.at = die_after, [], {}

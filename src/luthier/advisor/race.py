@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -186,14 +186,16 @@ class Race:
         self.overhead = pilot.seconds - pilot.training_seconds
         counts = self._counts(len(names))
         calls = sum(counts)
-        trainings = sum(n * (s - (RUNGS[i - 1] if i else 0.0)) for i, (n, s) in enumerate(zip(counts, RUNGS, strict=True)))
+        trainings = sum(
+            n * (s - (RUNGS[i - 1] if i else 0.0)) for i, (n, s) in enumerate(zip(counts, RUNGS, strict=True))
+        )
         left = self.budget * RACE_SHARE - self.seconds - calls * self.overhead
         affordable = left / (pace * planned * trainings)
         length = min(1.0, max(affordable, min(1.0, SHORTEST / planned)))
         if length < 1.0:
             self.notes.append(
-                f"The budget pays for {length:.0%} of the training per candidate: all are compared over that part, with "
-                "the learning rate laid out for it."
+                f"The budget pays for {length:.0%} of the training per candidate: all are compared over that part, "
+                "with the learning rate laid out for it."
             )
         return length
 
@@ -234,7 +236,10 @@ class Race:
     def _call(self, entry: str, step: int, total: int) -> Progress:
         key = f"{entry} {step}/{total}"
         if key not in self.calls:
-            self.calls[key] = asdict(self.runner.run_to(entry, step, total))
+            found = self.runner.run_to(entry, step, total)
+            # Only the beginning is judged by its records.
+            beginning = step <= math.ceil(RUNGS[0] * total - 1e-9)
+            self.calls[key] = asdict(found if beginning else replace(found, records=[]))
             write_json(self.file, self.calls)
         found = Progress(**self.calls[key])
         self.seconds += found.seconds

@@ -156,7 +156,15 @@ class Workshop:
         )
         return setup.Source(name, replace(self.data.train.rows, dataset=rows), prepared)
 
-    def train(self, source: setup.Source, *, stage: str | None = None, seed: int | None = None) -> Artefact:
+    def train(
+        self,
+        source: setup.Source,
+        *,
+        stage: str | None = None,
+        seed: int | None = None,
+        start: Any = None,
+        best: bool = False,
+    ) -> Artefact:
         """Train the base model on a source with the recipe's objective, transforms, selection and parameters.
 
         Args:
@@ -165,6 +173,8 @@ class Workshop:
                 metrics in ``stages/<stage>``, so that a resumed run has it again without training; the base that the
                 last training takes stays as it is.
             seed: of order, noise and dropout, where it is not the run's.
+            start: the model of an earlier stage to go on from, in place of the base; it stays as it is.
+            best: give the model of the best checkpoint by the evaluations on the way, where there were any.
         """
         from luthier.engine.loop import Trainer
         from luthier.engine.optimizer import open_parameters
@@ -176,7 +186,8 @@ class Workshop:
         stack = setup.build_stack(self.plan)
         folder = self.folder if stage is None else self.folder / "stages" / stage
         seed = self.seed if seed is None else seed
-        base = self.loaded.model if stage is None else copy.deepcopy(self.loaded.model)
+        first = self.loaded.model if start is None else start
+        base = first if stage is None and start is None else copy.deepcopy(first)
         model: Any = base.to(self.processes.device)
         from_base = DivergenceFromBase(self.session(model), source.prepared)
         context = Setup(seed=seed, task=self.plan.task, processor=self.loaded.processor)
@@ -211,6 +222,8 @@ class Workshop:
             if self.instruments is not None:
                 self.instruments.begin(trainer)
             totals = trainer.run(resume=self.resume, until=self.until if stage is None else None)
+        if best and (chosen := folder / "checkpoints" / "best").exists():
+            trainer.load(chosen)
         if tracked:
             self.processes.accelerator.end_training()
         trained = _whole_model(self, session)
