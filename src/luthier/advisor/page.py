@@ -11,7 +11,7 @@ from typing import Any
 
 from luthier.runs import pages, plots
 from luthier.runs.report import coloured, duration, short_name
-from luthier.runs.verdict import is_share, text
+from luthier.runs.verdict import interval, is_share, text
 
 FILE = "advice.html"
 _ROLES = ("train", "eval", "third", "fourth")
@@ -128,7 +128,7 @@ def _comparison(comparison: Mapping[str, Any] | None) -> dict[str, Any] | None:
                 {
                     "value": text(value["value"], unit) if value else "–",
                     "change": text(against["value"], unit, signed=True) if against else "",
-                    "span": _span(against, unit) if against else "",
+                    "span": interval(against, unit, signed=True) if against else "",
                     "verdict": against["verdict"] if against else "",
                 }
             )
@@ -139,8 +139,3 @@ def _comparison(comparison: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "seeds": len(comparison["seeds"]),
         "confidence": f"{100 * comparison['confidence']:g} %",
     }
-
-
-def _span(found: Mapping[str, Any], unit: str) -> str:
-    ends = [found.get("low"), found.get("high")]
-    return "" if None in ends else " to ".join(text(end, unit, signed=True) for end in ends)

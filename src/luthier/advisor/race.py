@@ -215,7 +215,7 @@ class Race:
         for standing in standings:
             if standing.status != "waiting":
                 continue
-            step = math.ceil(share * standing.total - 1e-9)
+            step = rung_step(share, standing.total)
             rates = [s.rate for s in standings if s.rate]
             cost = self.overhead + (standing.rate or max(rates, default=0.0)) * (step - standing.step)
             # Plain SFT is what everything is measured against: it is paid for in any case.
@@ -238,7 +238,7 @@ class Race:
         if key not in self.calls:
             found = self.runner.run_to(entry, step, total)
             # Only the beginning is judged by its records.
-            beginning = step <= math.ceil(RUNGS[0] * total - 1e-9)
+            beginning = step <= rung_step(RUNGS[0], total)
             self.calls[key] = asdict(found if beginning else replace(found, records=[]))
             write_json(self.file, self.calls)
         found = Progress(**self.calls[key])
@@ -291,6 +291,16 @@ class Race:
             best = others[0].score
             standing.stop(f"its held-out score {standing.score:.4g} was outside the best {keep} (best {best:.4g})")
             self.observe(standing)
+
+
+def every(total: int) -> int:
+    """Steps between two evaluations of a trial: a tenth of its training, so that every rung is one of them."""
+    return math.ceil(RUNGS[0] * total - 1e-9)
+
+
+def rung_step(share: float, total: int) -> int:
+    """The step of a rung; a whole multiple of that of the first one, or the last step."""
+    return min(total, round(share / RUNGS[0]) * every(total))
 
 
 def _window(dynamics: dict[str, float]) -> early.Window:

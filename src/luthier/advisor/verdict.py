@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from luthier.advisor.rules import Rule
-from luthier.runs.verdict import text
+from luthier.runs.verdict import interval, text
 
 SFT, BASE = "sft", "base"
 
@@ -114,10 +114,9 @@ def _gain(entry: Mapping[str, Any], metric: Mapping[str, Any]) -> float:
 
 def _change(entry: Mapping[str, Any], against: str, metric: Mapping[str, Any]) -> str:
     found, unit = entry[against][metric["name"]], metric.get("unit") or ""
-    ends = [found.get("low"), found.get("high")]
-    span = "" if None in ends else f" ({' to '.join(text(end, unit, signed=True) for end in ends)})"
+    span = interval(found, unit, signed=True)
     label = metric["label"]
-    return f"{label[:1].lower()}{label[1:]} {text(found['value'], unit, signed=True)}{span}"
+    return f"{label[:1].lower()}{label[1:]} {text(found['value'], unit, signed=True)}{f' ({span})' if span else ''}"
 
 
 def _sentence(entry: Mapping[str, Any], target: Mapping[str, Any], keep: Mapping[str, Any] | None) -> str:
