@@ -140,7 +140,7 @@ def train(entry: Entry, job: Job, seat: Seat) -> None:
     from luthier.models.load import inspect, load_processor
     from luthier.runs import setup
     from luthier.runs.api import plan_of
-    from luthier.runs.run import Workshop, open_model
+    from luthier.runs.workshop import Workshop, open_model
 
     class Trainer(loop.Trainer):
         """The run's own step loop, which takes turns with those of the others."""

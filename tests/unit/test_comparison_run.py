@@ -46,7 +46,14 @@ def recipe(tmp_path_factory):
     return {
         "model": str(place / "model"),
         "data": {"train": str(file), "test": str(file), "keep": str(file), "verifier": "numeric"},
-        "training": {"epochs": 2, "batch_rows": 8, "learning_rate": 1e-2, "log_steps": 1, "threads": 1, "save_steps": 2},
+        "training": {
+            "epochs": 2,
+            "batch_rows": 8,
+            "learning_rate": 1e-2,
+            "log_steps": 1,
+            "threads": 1,
+            "save_steps": 2,
+        },
         "evaluation": {"max_new_tokens": 4, "limit": 12, "batch_rows": 8},
         "output": str(place / "run"),
     }
@@ -70,7 +77,13 @@ def whole(recipe, tmp_path_factory):
 def test_what_a_comparison_leaves(whole):
     made, folder = whole
     names = [e["name"] for e in made["entries"]]
-    assert names == ["base", "sft", "half-ft", "loss-top-k(keep_fraction=0.5)", "loss-top-k(keep_fraction=0.5) (equal tokens)"]
+    assert names == [
+        "base",
+        "sft",
+        "half-ft",
+        "loss-top-k(keep_fraction=0.5)",
+        "loss-top-k(keep_fraction=0.5) (equal tokens)",
+    ]
     assert all(e["status"] == "done" for e in made["entries"])
     sft, half = made["entries"][1], made["entries"][2]
     assert {"target/score", "target/loss", "calibration/ece", "drift/kl", "drift/weights"} <= set(sft["values"])

@@ -30,7 +30,7 @@ class AnalysisContext:
     @cached_property
     def base(self) -> Any:
         """The base as it was: opened anew, because training changed the model in memory."""
-        from luthier.runs.run import open_model
+        from luthier.runs.workshop import open_model
 
         return self.shop.session(open_model(self.plan, self.data.labels).model)
 

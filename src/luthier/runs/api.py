@@ -10,7 +10,8 @@ from typing import Any
 from luthier.core import registry
 from luthier.core.errors import UserError
 from luthier.models.info import model_of, read_json
-from luthier.runs.run import Run, Workshop, execute, open_model
+from luthier.runs.run import Run, execute
+from luthier.runs.workshop import Workshop, open_model
 
 __all__ = ["Run", "check", "evaluate", "generate", "merge", "plan_of", "prepare_data", "quickstart", "train", "tune"]
 
@@ -63,7 +64,7 @@ def train(plan: Any, *, resume: bool = False, quiet: bool = False) -> Run:
     return execute(plan, resume=resume, quiet=quiet)
 
 
-def opened(plan: Any, *, keep: bool = True, folder: Path | None = None) -> tuple[Any, Any, str]:
+def open_data(plan: Any, *, keep: bool = True, folder: Path | None = None) -> tuple[Any, Any, str]:
     """(data, model info, task) of a plan, without weights."""
     from luthier.models.load import inspect, load_processor
     from luthier.runs import setup
@@ -78,7 +79,7 @@ def opened(plan: Any, *, keep: bool = True, folder: Path | None = None) -> tuple
 
 def prepare_data(plan: Any) -> tuple[Any, Any, Any]:
     """(rows, renderer, prepared) of the training data, for looking at it."""
-    data, _, _ = opened(plan, keep=False)
+    data, _, _ = open_data(plan, keep=False)
     return data.train.rows, data.renderer, data.train.prepared
 
 
@@ -119,7 +120,7 @@ def check(recipe: Any, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
     else:
         check_folder(plan, folder, resume=False)
     setup.require_tools(plan)
-    data, info, task = opened(plan)
+    data, info, task = open_data(plan)
     notes += [text for text in [setup.check_length(plan)] if text]
     stack = setup.build_stack(plan)
     training = plan.recipe.training
@@ -173,7 +174,7 @@ def evaluate(
         from luthier.evaluation.harness import require
 
         require()
-    data, _, task = opened(plan)
+    data, _, task = open_data(plan)
     trained = Path(plan.recipe.output) / "model"
     spec = model_folder or (trained if trained.exists() else None)
     loaded = open_model(plan, data.labels) if spec is None else load(spec, task=task, labels=data.labels or None)

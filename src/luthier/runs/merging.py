@@ -201,11 +201,11 @@ def _context(
         return lambda models, folder: WeightContext(models)
     from luthier.models.load import load
     from luthier.runs import api, setup
-    from luthier.runs.run import Workshop
+    from luthier.runs.workshop import Workshop
 
     plan = api.planned(rows)
     setup.settings(plan)
-    data, _, task = api.opened(plan)
+    data, _, task = api.open_data(plan)
     loaded = load((origin or first).folder, task=task, labels=data.labels or None)
     shop = Workshop(plan, data, loaded, Path(plan.recipe.output))
     return lambda models, folder: WeightContext(models, shop, load(folder, task=task).model)

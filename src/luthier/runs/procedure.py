@@ -90,7 +90,7 @@ def in_pieces(
 def generate(
     shop: Any, prompts: Sequence[Any], *, model: Any, samples: int, decoding: str | None, options: Mapping[str, Any]
 ) -> list[list[Completion]]:
-    """Completions for prompts, ``samples`` of each; see :meth:`luthier.runs.run.Workshop.generate`."""
+    """Completions for prompts, ``samples`` of each; see :meth:`luthier.runs.workshop.Workshop.generate`."""
     ids = [shop.data.renderer.prompt_ids(p) if isinstance(p, dict) else [int(i) for i in p] for p in prompts]
     method = registry.get("decoding", decoding) if decoding else shop.plan.decoding.method
     chosen = {} if decoding else shop.decoder_options

@@ -42,15 +42,15 @@ class StageContext:
         return rng.stream(self.seed, name, *keys)
 
     def _shop(self, loaded: Any) -> Any:
-        from luthier.runs.run import Workshop
         from luthier.runs.setup import Data
+        from luthier.runs.workshop import Workshop
 
         return Workshop(self.plan, Data(train=None, renderer=self.renderer), loaded, Path(self.plan.recipe.output))
 
     @cached_property
     def shop(self) -> Any:
         """The base model with its decoder."""
-        from luthier.runs.run import open_model
+        from luthier.runs.workshop import open_model
 
         return self._shop(open_model(self.plan))
 

@@ -1,0 +1,1 @@
+"""Which method for this model and these rows: measure, propose by rules, race, recommend."""

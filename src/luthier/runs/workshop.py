@@ -1,0 +1,349 @@
+"""The context of a procedure: its data, its models, and the calls it is built from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from luthier.core import registry
+from luthier.core.protocols import Artefact, Completion
+from luthier.core.registry import TOKEN_TASKS
+from luthier.core.store import write_json
+from luthier.data.prepare import prepare
+from luthier.engine.distributed import Processes
+from luthier.recipe.plan import choice_of
+from luthier.runs import backends, setup
+from luthier.runs import procedure as kept
+from luthier.runs.instruments import Instruments
+from luthier.runs.measure import Measure, Verifier, quick_loss
+from luthier.runs.progress import TrainProgress
+from luthier.tasks import get_task
+from luthier.tasks.base import ROW_WEIGHT
+
+
+class Workshop:
+    """The context of a procedure: its data, and the calls a procedure is built from.
+
+    Args:
+        plan: the plan, its task settled.
+        data: the prepared data.
+        loaded: the base model.
+        folder: the run's folder.
+        processes: the process group.
+        resume: continue from the newest checkpoint.
+        quiet: show nothing.
+        until: stop the run's own training after this step, with a checkpoint.
+        instruments: what else to measure.
+    """
+
+    def __init__(
+        self,
+        plan: Any,
+        data: setup.Data,
+        loaded: Any,
+        folder: Path,
+        *,
+        processes: Processes | None = None,
+        resume: bool = False,
+        quiet: bool = True,
+        until: int | None = None,
+        instruments: Instruments | None = None,
+    ) -> None:
+        self.plan, self.data, self.loaded, self.folder = plan, data, loaded, folder
+        self.resume, self.quiet, self.until, self.instruments = resume, quiet, until, instruments
+        self.processes = processes or Processes(plan.recipe.training.sharding)
+        self.precision = setup.precision(plan)
+        self.decoder_options = _decoder_options(plan)
+        self.decoder = plan.decoding.method.build(self.decoder_options)
+        # Whether the base is still as it was loaded; the last training changes it in place.
+        self.untouched = True
+        self.measure = Measure(plan, data, self.decoder)
+        self.seed: int = plan.recipe.seed
+        self.trainings = 0
+        if plan.task == "causal-lm":
+            # Generation ends where the rendered answers end, here and in whatever opens the saved model.
+            own = loaded.model.generation_config.eos_token_id
+            known = [own] if isinstance(own, int) else list(own or [])
+            stops = list(dict.fromkeys([*known, *data.renderer.stop_ids]))
+            loaded.model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+
+    # -- sessions
+
+    def decode(
+        self, session: Any, prompts: Any, *, samples: int = 1, decoding: str | None = None, **options: Any
+    ) -> list[list[Completion]]:
+        """What a session's model writes for prompts (token ids or canonical rows); nothing is kept on disk."""
+        ids = [self.data.renderer.prompt_ids(p) if isinstance(p, dict) else list(p) for p in prompts]
+        decoder = self.decoder
+        if decoding is not None:
+            decoder = registry.get("decoding", decoding).build(options)
+        elif options:
+            decoder = self.plan.decoding.method.build({**self.decoder_options, **options})
+        found = decoder.generate(session.model, [p for p in ids for _ in range(samples)], session)
+        return [found[i : i + samples] for i in range(0, len(found), samples)]
+
+    def _render(self, rows: Any) -> Any:
+        """A batch of canonical rows, rendered as the training rows are."""
+        rendered = self.data.renderer.render_batch(rows)
+        columns = {
+            "input_ids": [np.asarray(r.input_ids, dtype=np.int32) for r in rendered],
+            "spans": [np.asarray(r.spans, dtype=np.int32).reshape(-1) for r in rendered],
+        }
+        return get_task(self.plan.task, self.loaded.processor).collate(columns, range(len(rendered)))
+
+    def session(self, model: Any, stack: Any = None, *, seed: int | None = None) -> Any:
+        """A session over a model; without methods it serves evaluation alone."""
+        from luthier.engine.session import Session
+        from luthier.engine.stack import Stack
+        from luthier.methods.objectives.sft import SupervisedFineTuning
+
+        training = self.plan.recipe.training
+        return Session(
+            model=model,
+            task=get_task(self.plan.task, self.loaded.processor),
+            processor=self.loaded.processor,
+            stack=stack or Stack(objective=SupervisedFineTuning()),
+            processes=self.processes,
+            seed=self.seed if seed is None else seed,
+            precision=self.precision,
+            head_chunk=training.head_chunk,
+            head_backend=training.head,
+            fingerprint=self.loaded.fingerprint,
+            decode=self.decode,
+            render=self._render,
+            wrap=stack is not None,
+        )
+
+    # -- the calls of a procedure
+
+    def source(self, rows: Any, name: str) -> setup.Source:
+        """Canonical rows (a ``Dataset``) made by a procedure, rendered and prepared as the training rows are.
+
+        Of their further columns ``answer_ids`` are the tokens of the last answer, used in place of its text, and
+        ``row_weight`` is what the row counts in the loss.
+        """
+        columns = tuple(dict.fromkeys(c for choice in self.plan.choices() for c in choice.needs.columns))
+        if any(f'"{ROW_WEIGHT}"' in (text or "") for text in rows["extra"]):
+            columns = (*columns, ROW_WEIGHT)
+        renderer = self.data.renderer.with_answer_ids()
+        prepared = prepare(
+            rows, renderer, labels=self.data.labels, columns=columns, bad_rows=self.plan.recipe.data.bad_rows
+        )
+        return setup.Source(name, replace(self.data.train.rows, dataset=rows), prepared)
+
+    def train(
+        self,
+        source: setup.Source,
+        *,
+        stage: str | None = None,
+        seed: int | None = None,
+        given: Mapping[str, Any] | None = None,
+        training: Mapping[str, Any] | None = None,
+        start: Any = None,
+        best: bool = False,
+    ) -> Artefact:
+        """Train the base model on a source with the recipe's objective, transforms, selection and parameters.
+
+        Args:
+            source: the rows.
+            stage: the name of an inner training. It starts from a copy of the base and leaves its checkpoints and
+                metrics in ``stages/<stage>``, so that a resumed run has it again without training; the base that the
+                last training takes stays as it is.
+            seed: of order, noise and dropout, where it is not the run's.
+            given: what the methods of this training are told, by slug (``ctx.given`` when parameters are opened).
+            training: keys of the recipe's training section that are otherwise in this training.
+            start: the model of an earlier stage to go on from, in place of the base; it stays as it is.
+            best: give the model of the best checkpoint by the evaluations on the way, where there were any.
+        """
+        from luthier.engine.loop import Trainer
+        from luthier.engine.optimizer import open_parameters
+        from luthier.engine.stack import Setup
+        from luthier.evaluation.divergence import DivergenceFromBase
+        from luthier.runs.verify import verify_head
+
+        settings = self.plan.recipe.training
+        if training:
+            settings = type(settings).model_validate({**settings.model_dump(), **training})
+        stack = setup.build_stack(self.plan)
+        folder = self.folder if stage is None else self.folder / "stages" / stage
+        seed = self.seed if seed is None else seed
+        first = self.loaded.model if start is None else start
+        base = first if stage is None and start is None else copy.deepcopy(first)
+        self.untouched = self.untouched and base is not self.loaded.model
+        model: Any = base.to(self.processes.device)
+        from_base = DivergenceFromBase(self.session(model), source.prepared)
+        context = Setup(
+            seed=seed,
+            task=self.plan.task,
+            processor=self.loaded.processor,
+            stage=self.trainings,
+            given=given or {},
+        )
+        self.trainings += 1
+        stack.call("prepare_model", model, self.loaded.processor)
+        model = open_parameters(model, stack, context)
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        session = self.session(model, stack, seed=seed)
+        if self.plan.task in TOKEN_TASKS and not self.processes.sharded:
+            verify_head(session)
+        watched, rows = self.data.select or self.data.test, self.plan.recipe.evaluation.batch_rows
+        evaluate: Callable[[], dict[str, float]] | None = None
+        if watched is not None:
+            evaluate = lambda: quick_loss(session, watched.prepared, rows)  # noqa: E731
+        rows_read = source.prepared.only((*session.task.reads, *stack.needs.columns))
+        trainer = Trainer(session, rows_read, settings, folder=folder, evaluate=evaluate, watch=from_base)
+        tracked = bool(settings.trackers) and stage is None
+        if tracked:
+            self.processes.accelerator.init_trackers(self.folder.name)
+        with TrainProgress(trainer.total, quiet=self.quiet or not self.processes.main) as progress:
+
+            def observe(event: str, values: dict[str, Any]) -> None:
+                progress(event, values)
+                if tracked and event in ("step", "evaluation"):
+                    prefix = "train" if event == "step" else "eval"
+                    shown = {
+                        f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"
+                    }
+                    self.processes.accelerator.log(shown, step=values["step"])
+
+            trainer.observe = observe
+            if self.instruments is not None:
+                self.instruments.begin(trainer)
+            totals = trainer.run(resume=self.resume, until=self.until if stage is None else None)
+        if best and (chosen := folder / "checkpoints" / "best").exists():
+            trainer.load(chosen)
+        if tracked:
+            self.processes.accelerator.end_training()
+        trained = _whole_model(self, session, context)
+        self._keep_delta(stack, trained, folder)
+        for method in stack.parameters:
+            trained = method.export(trained)
+        stack.call("finish_model", trained, self.loaded.processor)
+        records = {name: m.record() for name, m in stack.named.items() if hasattr(m, "record")}
+        if records and self.processes.main:
+            write_json(folder / "methods.json", records)
+        return Artefact(model=trained, metrics=totals, folder=folder)
+
+    def _keep_delta(self, stack: Any, model: Any, folder: Path) -> None:
+        """What the methods say they changed, with the fingerprint of the base, as ``delta/``."""
+        from luthier.models.delta import Delta
+
+        told = [m.delta(model) for m in stack.named.values() if hasattr(m, "delta")]
+        if told and self.processes.main:
+            delta = reduce(add, (Delta(self.loaded.fingerprint, *parts) for parts in told))
+            delta.save(folder / "delta")
+
+    def evaluate(self, model: Any) -> dict[str, Any]:
+        """Target, keep and calibration metrics of a model."""
+        return self.measure(self.session(model))
+
+    def predict(self, prepared: Any, model: Any = None) -> np.ndarray:
+        """Logits [N, C] of a classifier over every supervised position of prepared rows, in their order."""
+        session = self.session(model if model is not None else self.loaded.model)
+        session.model.eval()
+        found: list[Any] = []
+
+        def keep(logits_CV: Any, index_C: Any) -> Any:
+            found.append(logits_CV.float().cpu().numpy())
+            return index_C
+
+        size = self.plan.recipe.evaluation.batch_rows
+        for start in range(0, len(prepared), size):
+            index_B = np.arange(start, min(start + size, len(prepared)))
+            batch = session.task.collate(prepared.fetch(index_B), index_B)
+            session.evaluate_batch(batch, ()).over_vocabulary(keep)
+        return np.concatenate(found)
+
+    # The calls below keep what they found by the content of all that decides it (:mod:`luthier.runs.procedure`).
+
+    def generate(
+        self, prompts: Any, *, model: Any = None, samples: int = 1, decoding: str | None = None, **options: Any
+    ) -> list[list[Completion]]:
+        """Completions for prompts (token ids or canonical rows), by the base unless a model is given.
+
+        Args:
+            prompts: the prompts.
+            model: the model that writes.
+            samples: completions of each prompt.
+            decoding: a decoder by name; by default the recipe's.
+            options: of the decoder.
+        """
+        if model is None and self.plan.recipe.generation is not None:
+            return backends.write(self, prompts, samples=samples, decoding=decoding, **options)
+        return kept.generate(self, prompts, model=model, samples=samples, decoding=decoding, options=options)
+
+    def score(self, prepared: Any, model: Any = None) -> Any:
+        """Target log-probabilities of prepared rows, one tensor per row, by the base unless a model is given."""
+        return kept.score(self, prepared, model)
+
+    def likelihood(self, prepared: Any, model: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """Sum of target log-probabilities and number of targets of each prepared row, by the base unless told."""
+        return kept.likelihood(self, prepared, model)
+
+    def row_likelihood(self, rows: Any, *, ends: bool = True, last: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """As :meth:`likelihood` of canonical rows by the base; see :func:`luthier.runs.procedure.row_likelihood`."""
+        return kept.row_likelihood(self, rows, ends=ends, last=last)
+
+    def judge(self, rows: Any, completions: Any, verifier: Any = None) -> list[float | None]:
+        """One score per completion; None where it cannot be judged.
+
+        Args:
+            rows: canonical rows.
+            completions: their texts.
+            verifier: a reward as a recipe writes it; by default the recipe's verifier, or the one each row names.
+
+        Raises:
+            UserError: there is no such verifier, or its options are wrong.
+            LuthierError: it gives another number of scores, or one that is not a number.
+        """
+        chosen = self.measure.verifier if verifier is None else Verifier(choice_of("reward", verifier))
+        return kept.judge(chosen, rows, completions, self, chosen.deciding(rows))
+
+
+def _decoder_options(plan: Any) -> dict[str, Any]:
+    """Those of the recipe's decoder, writing no more than ``evaluation.max_new_tokens``."""
+    options = dict(plan.decoding.options)
+    if "max_new_tokens" in options:
+        options["max_new_tokens"] = min(options["max_new_tokens"], plan.recipe.evaluation.max_new_tokens)
+    return options
+
+
+def _whole_model(shop: Workshop, session: Any, context: Any) -> Any:
+    """The trained model with whole tensors: sharded ones are gathered into a freshly opened base."""
+    if not shop.processes.sharded:
+        return session.model
+    from luthier.engine.optimizer import open_parameters
+
+    fresh = open_model(shop.plan, shop.data.labels).model
+    stack = setup.build_stack(shop.plan)
+    stack.call("prepare_model", fresh, shop.loaded.processor)
+    fresh = open_parameters(fresh, stack, context)
+    trained = dict(session.model.named_parameters())
+    for name, parameter in fresh.named_parameters():
+        parameter.data.copy_(shop.processes.whole(trained[name].detach()))
+    return fresh.eval()
+
+
+def open_model(plan: Any, labels: tuple[str, ...] = ()) -> Any:
+    """The base model of a plan."""
+    from luthier.models.load import load
+
+    model = plan.recipe.model
+    return load(
+        model.id,
+        task=model.task,
+        revision=model.revision,
+        dtype=model.dtype,
+        attention=model.attention,
+        trust_remote_code=model.trust_remote_code,
+        labels=labels or None,
+        seed=plan.recipe.seed,
+    )
