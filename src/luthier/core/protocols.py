@@ -209,6 +209,13 @@ class Outputs(Protocol):
         Differentiable: logits are recomputed chunk by chunk in the backward pass, so no N x V tensor lives.
         """
 
+    def positionwise(self, batch: Batch, loss: Callable[[Outputs, Batch], Loss]) -> Loss:
+        """``loss(outputs, part)`` summed over chunks of the batch, its gradient formed while their logits are there.
+
+        For an objective that is not positionwise as a whole, but holds a part that is: what ``needs.positionwise``
+        promises must hold for ``loss``. The backward pass can go through the result once.
+        """
+
 
 @dataclass
 class Loss:
