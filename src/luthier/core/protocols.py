@@ -330,6 +330,9 @@ class Hooks(Protocol):
 
     needs: Needs
 
+    def check_data(self, dataset: Any) -> None:
+        """Before any weight is loaded: refuse prepared training rows that lack what the method reads from them."""
+
     def prepare_model(self, model: Any, processor: Any) -> None:
         """Before parameters are opened: change the model's vocabulary or modules."""
 

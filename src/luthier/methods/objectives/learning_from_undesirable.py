@@ -207,6 +207,10 @@ class LearningFromUndesirable:
 
     # -- hooks of a run
 
+    def check_data(self, dataset: Any) -> None:
+        """The base objective's hook."""
+        self._pass_on("check_data", dataset)
+
     def prepare_model(self, model: Any, processor: Any) -> None:
         """The base objective's hook."""
         self._pass_on("prepare_model", model, processor)

@@ -170,6 +170,8 @@ class SortedFineTuning:
         # Hooks are looked up by name: those of the inner objective are offered where it has them.
         if hasattr(self.inner, "state"):
             self.state, self.load = self.inner.state, self.inner.load
+        if hasattr(self.inner, "check_data"):
+            self.check_data = self.inner.check_data
 
     @property
     def alone(self) -> bool:
