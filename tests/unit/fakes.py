@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from luthier.core.protocols import Batch
+from luthier.core.protocols import Batch, Loss
 from luthier.core.rng import stream
 
 
@@ -43,6 +43,9 @@ class FakeOutputs:
     def over_vocabulary(self, fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
         return fn(self.logits_NV, torch.arange(len(self.logits_NV)))
 
+    def positionwise(self, batch: Batch, loss: Callable[[Any, Batch], Loss]) -> Loss:
+        return loss(self, batch)
+
 
 class KnownLogp:
     """Outputs of which only the target log-probabilities are known."""
@@ -50,6 +53,9 @@ class KnownLogp:
     def __init__(self, logp_N: torch.Tensor, sequence_N: torch.Tensor | None = None) -> None:
         self.logp_N = logp_N
         self.sequence_N = torch.zeros(logp_N.numel(), dtype=torch.long) if sequence_N is None else sequence_N
+
+    def positionwise(self, batch: Batch, loss: Callable[[Any, Batch], Loss]) -> Loss:
+        return loss(self, batch)
 
 
 class FakeTokenizer:

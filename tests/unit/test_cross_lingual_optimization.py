@@ -297,6 +297,8 @@ def test_rows_without_the_other_language_are_named():
         prepared(other_answer=None)
     with pytest.raises(UserError, match="must be english, target or empty"):
         prepared(prompt_language="klingon")
+    with pytest.raises(UserError, match="'target_language' must be a text"):
+        prepared(target_language=3)
     with pytest.raises(UserError, match="only a target row may have it"):
         prepared(prompt_language="english")
     with pytest.raises(UserError, match="one question with one answer"):
@@ -340,3 +342,45 @@ def test_columns_may_have_other_names():
     method = CrossLingualOptimization(other_answer="prompt", english_prompt="completion")
     _, loss = session_and_loss(method, rows, range(4), move=False)
     assert float(loss.metrics["preference_english"][1]) == 4
+
+
+# -- several target languages
+
+
+def in_languages(count, *languages, **options):
+    rows = paired(count, **options).pairs
+    return PairRows([{**row, "target_language": languages[i % len(languages)]} for i, row in enumerate(rows)])
+
+
+@pytest.mark.parametrize("nll_on", ["target", "both", "none"])
+def test_several_languages_share_one_mean_or_have_one_each(nll_on):
+    rows, index = in_languages(8, "sw", "yo", "sw"), [0, 1, 3, 5, 6]
+    chosen = [rows.pairs[i] for i in index]
+    kinds = [[row for row in chosen if row["target_language"] == code] for code in ("sw", "yo")]
+    assert [len(some) for some in kinds] == [4, 1]
+    session, loss = session_and_loss(CrossLingualOptimization(nll_on=nll_on), rows, index)
+    wanted = formula(session.model, tiny_llama(), chosen, nll_on=nll_on)
+    assert float(loss.sum.detach()) / float(loss.weight) == pytest.approx(wanted, rel=2e-5)
+    method = CrossLingualOptimization(nll_on=nll_on, mean_over="languages")
+    session, loss = session_and_loss(method, rows, index)
+    wanted = np.mean([formula(session.model, tiny_llama(), some, nll_on=nll_on) for some in kinds])
+    assert float(loss.sum.detach()) / float(loss.weight) == pytest.approx(wanted, rel=2e-5)
+    assert {"margin_target_sw", "margin_english_sw", "margin_target_yo", "margin_english_yo"} <= loss.metrics.keys()
+
+
+def test_a_language_that_a_step_does_not_have_is_left_out_of_its_mean():
+    rows, index = in_languages(6, "sw", "yo"), [0, 2]
+    session, loss = session_and_loss(CrossLingualOptimization(mean_over="languages"), rows, index)
+    wanted = formula(session.model, tiny_llama(), [rows.pairs[i] for i in index])
+    assert float(loss.sum.detach()) / float(loss.weight) == pytest.approx(wanted, rel=2e-5)
+
+
+def test_one_language_has_the_same_loss_with_either_mean():
+    rows = in_languages(5, "sw")
+    found = [session_and_loss(CrossLingualOptimization(mean_over=m), rows, range(5))[1] for m in ("rows", "languages")]
+    assert float(found[0].sum.detach()) == pytest.approx(float(found[1].sum.detach()), rel=1e-6)
+
+
+def test_accumulation_gives_the_same_steps_in_several_languages():
+    rows = in_languages(12, "sw", "yo", "zh")
+    assert_near(*(trained(CrossLingualOptimization(mean_over="languages"), rows, accumulation=n) for n in (1, 3)))

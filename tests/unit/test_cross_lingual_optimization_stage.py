@@ -310,3 +310,48 @@ def test_bad_settings_and_rows_get_one_line():
         stage().run(dataset(pair("a", "b", target_promt="c")), context())
     with pytest.raises(UserError, match=r"^x\.jsonl, row 1: the row has a column 'other_answer' already"):
         stage().run(dataset(pair("a", "b", other_answer="c")), context())
+
+
+def test_several_target_languages_make_an_example_each():
+    data = dataset(
+        *(
+            pair(x, y, x_sw=xl, y_sw=yl, x_up=x.upper(), y_up=y.upper())
+            for x, y, xl, yl in SOUND
+        )
+    )  # fmt: skip
+    languages = {code: {"target_prompt": f"x_{code}", "target_answer": f"y_{code}"} for code in ("sw", "up")}
+    made = stage(languages=languages).run(data, context())
+    extra = [json.loads(row["extra"]) for row in made]
+    assert [e["target_language"] for e in extra] == ["sw"] * 3 + ["up"] * 3
+    assert [row["completion"] for row in made] == [yl for *_, yl in SOUND] + [y.upper() for _, y, *_ in SOUND]
+    assert [e["other_answer"] for e in extra] == [y for _, y, *_ in SOUND] * 2
+    assert len(set(made["key"])) == 6
+    # Each is what the stage makes of its language alone.
+    alone = stage(**languages["up"]).run(data, context())
+    assert [row["completion"] for row in alone] == [row["completion"] for row in made][3:]
+    assert list(alone["key"]) == list(made["key"])[3:]
+
+
+def test_a_dictionary_for_each_language():
+    languages = {"sw": {"dictionary": WORDS}, "xx": {"dictionary": {w: w[::-1] for w in WORDS}}}
+    made = stage(translator="dictionary", dictionary={"one": "moja"}, languages=languages).run(
+        dataset(pair("where is the cat", "the cat is in the house")), context()
+    )
+    assert list(made["completion"]) == ["le paka ni katika le nyumba", "eht tac si ni eht esuoh"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"language": "sw", "languages": {"sw": {}, "yo": {}}}, "remove the option 'language'"),
+        (
+            {"languages": {"sw": {"target_promt": "x"}, "yo": {}}},
+            r"sw: there is no option 'target_promt'.*target_prompt",
+        ),
+        ({"languages": {"sw": {"beams": 0}, "yo": {}}}, r"sw\.beams: "),
+        ({"languages": {"sw": {"translator": "model"}, "yo": {}}}, "needs the option 'model'"),
+    ],
+)
+def test_bad_languages_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        stage(**options)

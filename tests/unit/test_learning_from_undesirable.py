@@ -15,7 +15,7 @@ from luthier.core.errors import LuthierError, UserError
 from luthier.core.protocols import Batch
 from luthier.core.rng import stream
 from luthier.engine.loop import Trainer
-from luthier.functional.temporary_additions import places
+from luthier.functional.temporary_additions import Addition, places
 from luthier.methods.objectives.learning_from_undesirable import LearningFromUndesirable
 from luthier.methods.objectives.sft import SupervisedFineTuning
 from luthier.methods.parameters.lora import LowRankAdaptation
@@ -485,3 +485,23 @@ def test_outputs_of_an_unwatched_pass_and_bad_gradients_are_errors():
         addition.up.register_hook(lambda g: g * float("nan"))
     with pytest.raises(LuthierError, match="not finite at step 1"):
         method.loss(out, batch, session)
+
+
+@pytest.mark.parametrize("twins", [1, 3])
+def test_a_probe_has_the_gradient_of_an_addition_of_zeros(twins):
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 5, 4).double(), torch.randn(6, 4).double()
+    down, up = torch.randn(2, 4).double(), torch.zeros(twins, 6, 2).double().requires_grad_()
+    found = {}
+    for name in ("plain", "probe"):
+        given = x.clone().requires_grad_()
+        out = torch.nn.functional.linear(given, weight)
+        if name == "plain":
+            changed = out + 1.7 * torch.einsum("btr,bor->bto", given @ down.T, up.expand(3, -1, -1))
+        else:
+            changed = Addition(1, up, down, 1.7).probe(given, out)
+        # In place, as some models do with what leaves a linear map.
+        value = changed.mul_(2).sin().sum()
+        found[name] = (value.detach(), *torch.autograd.grad(value, (given, up)))
+    for plain, probed in zip(*found.values(), strict=True):
+        torch.testing.assert_close(probed, plain, atol=1e-12, rtol=0)

@@ -312,3 +312,27 @@ def test_under_adapters_the_reference_is_the_base_beneath_them():
     batch = session.task.collate(random_rows().fetch([0, 1]), [0, 1])
     base = make_session(tiny_llama())
     torch.testing.assert_close(session.forward(batch, "reference").logp_N, base.forward(batch, grad=False).logp_N)
+
+
+def test_a_part_that_is_positionwise_within_a_loss_that_is_not():
+    session = make_session(tiny_llama().double())
+    session.head_chunk = 3
+    data = random_rows(4)
+    batch = session.task.collate(data.fetch(range(4)), range(4))
+    found = {}
+    for name in ("graph", "formed"):
+        session.model.zero_grad()
+        out = session.forward(batch)
+
+        def part(at, some):
+            return Loss(-(at.logp_N * some.weight_N).sum(), some.weight_N.sum(), metrics={"n": (len(at.logp_N), 1)})
+
+        loss = part(out, batch) if name == "graph" else out.positionwise(batch, part)
+        observed = out.observed_logp_N
+        (loss.sum + out.hidden(-1).square().sum()).backward()
+        assert not observed.requires_grad
+        found[name] = (loss.sum.detach(), observed, *(p.grad.clone() for p in session.model.parameters()))
+    assert loss.metrics["n"][0] == batch.target_N.numel()
+    assert loss.metrics["n"][1] > 1  # it came in chunks
+    for graph, formed in zip(*found.values(), strict=True):
+        torch.testing.assert_close(formed, graph, atol=1e-9, rtol=1e-7)

@@ -211,6 +211,13 @@ class Outputs(Protocol):
         Differentiable: logits are recomputed chunk by chunk in the backward pass, so no N x V tensor lives.
         """
 
+    def positionwise(self, batch: Batch, loss: Callable[[Outputs, Batch], Loss]) -> Loss:
+        """``loss(outputs, part)`` summed over chunks of the batch, its gradient formed while their logits are there.
+
+        For an objective that is not positionwise as a whole, but holds a part that is: what ``needs.positionwise``
+        promises must hold for ``loss``. The backward pass can go through the result once.
+        """
+
 
 @dataclass
 class Loss:
@@ -367,6 +374,9 @@ class Hooks(Protocol):
 
     needs: Needs
     repeats: int
+
+    def check_data(self, dataset: Any) -> None:
+        """Before any weight is loaded: refuse prepared training rows that lack what the method reads from them."""
 
     def prepare_model(self, model: Any, processor: Any) -> None:
         """Before parameters are opened: change the model's vocabulary or modules."""

@@ -138,9 +138,11 @@ class Session:
         head = self.head(encoded)
 
         def at(hidden_NH: torch.Tensor) -> Any:
-            return head.outputs(
+            made = head.outputs(
                 hidden_NH, batch.target_N, batch.sequence_N, statistics=statistics, layers=encoded.layers
             )
+            made.form = partial(head.positionwise, hidden_NH, statistics=statistics)
+            return made
 
         made = at(encoded.hidden_NH)
         if (exits := encoded.exits) is not None:
@@ -229,7 +231,7 @@ class Session:
         def measured(out: Outputs, part: Batch) -> Loss:
             loss = objective.loss(out, part, self)
             with torch.no_grad():
-                logp_N, weight_N = out.logp_N.detach(), part.weight_N
+                logp_N, weight_N = out.observed_logp_N, part.weight_N
                 count = weight_N.sum()
                 loss.metrics["nll"] = (-(logp_N * weight_N).sum(), count)
                 loss.metrics["mean_probability"] = ((logp_N.exp() * weight_N).sum(), count)

@@ -176,6 +176,20 @@ class Attach(torch.autograd.Function):
         return (*gradients, None, None, None, None)
 
 
+def share_head_gradients(value: torch.Tensor, holder: torch.Tensor) -> None:
+    """Let ``holder`` carry the gradients of weight and bias that were formed with both values, so that one copy lives.
+
+    Both come from :class:`Attach` over the same head and are to be added up; a value without formed gradients is left.
+    """
+    mine, theirs = (getattr(v.grad_fn, "gradients", None) for v in (value, holder))
+    if mine is None or theirs is None:
+        return
+    for gradient, sum_ in zip(mine[1:], theirs[1:], strict=True):
+        if gradient is not None:
+            sum_.add_(gradient)
+    value.grad_fn.gradients = (mine[0], None, None)  # type: ignore[union-attr]
+
+
 class Normalised(torch.autograd.Function):
     """Statistics over all N positions, of which logp has a gradient."""
 

@@ -21,6 +21,8 @@ from luthier.core.store import content_hash
 
 TARGET, ENGLISH = "target", "english"
 PROMPT_LANGUAGE, OTHER_ANSWER, ENGLISH_PROMPT = "prompt_language", "other_answer", "english_prompt"
+# Which of several target languages an example is in.
+TARGET_LANGUAGE = "target_language"
 
 # Code in fences and in ticks, addresses, tags, and the placeholders of templates and format strings.
 _KEPT = re.compile(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -97,7 +97,43 @@ class Addition:
             added = torch.nn.functional.linear(low, self.up[0])
         else:
             added = low @ self.up.transpose(1, 2)
-        return out + (self.scale * added).to(out.dtype)
+        return torch.add(out, added.to(out.dtype), alpha=self.scale)
+
+    def probe(self, x: Any, out: torch.Tensor) -> torch.Tensor:
+        """The output as it is, with the gradient of ``up`` that an addition with ``up = 0`` has there.
+
+        A low-rank product of zeros is not computed: it would take several tensors of the size of ``out``.
+        """
+        if self.down is None or not self.up.requires_grad or out._is_view():
+            return self(x, out)
+        with torch.no_grad():
+            low = torch.nn.functional.linear(x.to(self.down.dtype), self.down)
+        probed: torch.Tensor = _probe().apply(out, self.up, low, self.scale)
+        return probed
+
+
+@cache
+def _probe() -> Any:
+    # Made on first use: as a class of the module it would load torch as soon as a method of the registry is looked at.
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, out: torch.Tensor, up: torch.Tensor, low: torch.Tensor, scale: float) -> torch.Tensor:
+            ctx.save_for_backward(low)
+            ctx.twins, ctx.scale = len(up), scale
+            ctx.mark_dirty(out)  # returned as it is and not as a view, so that the model may change it in place
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *upstream: Any) -> Any:
+            (d_out,), (low,) = upstream, ctx.saved_tensors
+            d_wide = d_out.to(low.dtype) if ctx.scale == 1 else d_out.to(low.dtype) * ctx.scale
+            if ctx.twins == 1:
+                d_up = (d_wide.flatten(0, -2).t() @ low.flatten(0, -2))[None]
+            else:
+                d_up = d_wide.transpose(1, 2) @ low
+            return d_out, d_up, None, None
+
+    return Probe
 
 
 @contextmanager

@@ -125,6 +125,7 @@ def load_data(plan: Any, processor: Any, task: str, *, folder: Path | None = Non
         renderer=renderer,
         labels=labels,
     )
+    check_columns(plan, made.train.prepared)
     for name in ("test", "select"):
         if (spec := getattr(data, name)) is None:
             continue
@@ -143,6 +144,17 @@ def load_data(plan: Any, processor: Any, task: str, *, folder: Path | None = Non
             name = str(spec) if any(source.name == name for source in made.keep) else name
             made.keep.append(Source(name, rows, prepare(rows, cutting, labels=labels)))
     return made
+
+
+def check_columns(plan: Any, prepared: Any) -> None:
+    """Let every method of the training look at the prepared rows for what it reads from them.
+
+    Raises:
+        UserError: a method cannot be trained on them.
+    """
+    for choice in (*plan.objective, *plan.transforms, *filter(None, [plan.selection]), *plan.parameters):
+        if hasattr(built := choice.build(), "check_data"):
+            built.check_data(prepared)
 
 
 def check_length(plan: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from luthier.core.errors import LuthierError
+from luthier.core.protocols import Batch, Loss
 
 OverVocabulary = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -28,10 +29,32 @@ class Statistics:
     collision_N = _statistic("collision", "sum of squared probabilities; no gradient.")
 
     exits: Callable[[int], Any] | None = None
+    form: Callable[[Batch, Callable[[Any, Batch], Loss]], Loss] | None = None
+    _seen_N: torch.Tensor | None = None
+
+    @property
+    def observed_logp_N(self) -> torch.Tensor:
+        """``logp_N`` without a graph, for what is logged; nothing is computed where :meth:`positionwise` has met it."""
+        return self.logp_N.detach() if self._seen_N is None else self._seen_N
 
     def statistic(self, name: str) -> torch.Tensor:
         """[N], one of ``STATISTICS``."""
         raise NotImplementedError
+
+    def positionwise(self, batch: Batch, loss: Callable[[Any, Batch], Loss]) -> Loss:
+        """The loss with its gradient formed chunk by chunk, where there is a head to form it in."""
+        if self.form is None:
+            return loss(self, batch)
+        seen: list[torch.Tensor] = []
+
+        def observed(out: Any, part: Batch) -> Loss:
+            made = loss(out, part)
+            seen.append(out.logp_N.detach())
+            return made
+
+        found = self.form(batch, observed)
+        self._seen_N = torch.cat(seen)
+        return found
 
     def exit(self, layer: int) -> Any:
         """The outputs of the sub-model that ends after block ``layer``.

@@ -19,6 +19,9 @@ longer than it by too much, or has lost code or a placeholder; where the answer 
 of the four sequences is longer than ``data.max_length``; and where the row is not one question with one answer. Twenty
 of the pairs are logged for a look: what the translator writes is trained on.
 
+Several target languages at once (experimental, not in the paper) are named in ``languages``: each code with the options
+that differ for it. Every example then becomes one example per language, told apart by the column ``target_language``.
+
 Paper: "Cross-Lingual Optimization for Language Transfer in Large Language Models", ACL 2025, arXiv 2505.14297. No
 official code is known; the checks are this library's.
 
@@ -42,6 +45,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from pydantic import Field
 
+from luthier.core import registry
 from luthier.core.errors import UserError, did_you_mean, missing_extra
 from luthier.core.own_code import file_of, function_of
 from luthier.core.registry import data_stage
@@ -50,6 +54,7 @@ from luthier.functional.cross_lingual import (
     ENGLISH_PROMPT,
     OTHER_ANSWER,
     PROMPT_LANGUAGE,
+    TARGET_LANGUAGE,
     Turn,
     fault,
     listed,
@@ -112,6 +117,12 @@ class TranslatePairs:
             str | None,
             Field(min_length=2, description="code of the target language, as the model has it; lingua takes ISO 639-1"),
         ] = None,
+        languages: Annotated[
+            dict[str, dict[str, Any] | None] | None,
+            Field(
+                min_length=2, description="several target languages: code -> options that differ for it; experimental"
+            ),
+        ] = None,
         beams: Annotated[int, Field(ge=1, description="translator: model, width of the beam search")] = 5,
         max_new_tokens: Annotated[int, Field(ge=1, description="translator: model, longest line")] = 256,
         batch_rows: Annotated[int, Field(ge=1, description="translator: model, lines translated together")] = 16,
@@ -136,6 +147,10 @@ class TranslatePairs:
             str | None, Field(description="a JSON lines file that gets twenty of the pairs, beside the log")
         ] = None,
     ) -> None:
+        options = {name: value for name, value in locals().items() if name not in ("self", "languages", "language")}
+        self.parts = _parts(languages, language, options)
+        if self.parts:
+            return
         given = {"dictionary": dictionary, "function": function, "model": model}
         for name, value in given.items():
             if (value is not None) != (translator == name):
@@ -164,6 +179,8 @@ class TranslatePairs:
 
     def reads(self, ctx: Any) -> list[str]:
         """What the dictionary or the function's file holds."""
+        if self.parts:
+            return [found for part in self.parts.values() for found in part.reads(ctx)]
         dictionary = Path(self.dictionary).expanduser() if isinstance(self.dictionary, str) else None
         files = [file_of(self.function), dictionary if dictionary is not None and dictionary.is_file() else None]
         return [content_hash(path) for path in files if path is not None]
@@ -176,7 +193,11 @@ class TranslatePairs:
         """
         import pyarrow as pa
         from datasets import Dataset as Made
+        from datasets import concatenate_datasets
 
+        if self.parts:
+            made = [_marked(part.run(dataset, ctx), code) for code, part in self.parts.items()]
+            return concatenate_datasets(made)
         self.dropped = []
         rows = [row for row in _rows(dataset) if self._takes(row)]
         pairs = self._in_language(self._sound(rows, self._translations(rows)))
@@ -388,6 +409,47 @@ class TranslatePairs:
 def _rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
     for table in dataset.with_format("arrow").iter(BATCH_ROWS):
         yield from table.to_pylist()
+
+
+def _parts(
+    languages: dict[str, dict[str, Any] | None] | None, language: str | None, options: dict[str, Any]
+) -> dict[str, TranslatePairs]:
+    """The stage of each of several target languages; empty for one.
+
+    Raises:
+        UserError: an option that there is not, or that no single language can have.
+    """
+    if languages is None:
+        return {}
+    where = "cross-lingual-optimization: languages"
+    if language is not None:
+        raise UserError(f"{where}: they are named here; remove the option 'language'.")
+    parts = {}
+    for code, own in languages.items():
+        for name in own or {}:
+            if name not in options:
+                raise UserError(f"{where}: {code}: there is no option '{name}'.{did_you_mean(name, options)}")
+        # Through the schema: what stands inside a mapping has not been checked yet.
+        try:
+            parts[code] = registry.get("data", "cross-lingual-optimization").build(
+                {**options, "language": code, **(own or {})}
+            )
+        except ValueError as error:
+            said = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
+            raise UserError(f"{where}: {'.'.join([code, *map(str, said['loc'])])}: {said['msg']}.") from None
+    return parts
+
+
+def _marked(dataset: Dataset, code: str) -> Dataset:
+    """The rows with their target language."""
+    import pyarrow as pa
+    from datasets import Dataset as Made
+
+    rows = [
+        {**row, "extra": json.dumps({**json.loads(row["extra"]), TARGET_LANGUAGE: code}, ensure_ascii=False)}
+        for row in _rows(dataset)
+    ]
+    return Made(pa.Table.from_pylist(rows, schema=dataset.data.table.schema))
 
 
 def _place(row: dict[str, Any]) -> str:

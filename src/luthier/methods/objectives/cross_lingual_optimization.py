@@ -19,6 +19,10 @@ in ``english_prompt`` and stands for both directions. Rows without an English pr
 target's or, with ``prompt_language: english``, the English one. The row itself is the engine's forward pass; its other
 sequences (three where it stands for both directions) go through the model together in a second one.
 
+Several target languages at once are an experimental extension that the paper has not tried: rows tell theirs in the
+column ``target_language`` (the data stage writes it). With ``mean_over: rows`` the formula above is over the rows of
+all languages; with ``languages`` it is that of each language by itself, and the mean over the languages of the step.
+
 The paper's values of lambda, beta and the learning rate are not known; those here are the library's. With
 ``length_normalise`` lp and lp_ref are divided by the number of tokens, for languages that a tokenizer cuts finely.
 
@@ -36,6 +40,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -52,6 +57,7 @@ from luthier.functional.cross_lingual import (
     OTHER_ANSWER,
     PROMPT_LANGUAGE,
     TARGET,
+    TARGET_LANGUAGE,
     Preference,
     preferences,
     turn_of,
@@ -65,6 +71,8 @@ SCANNED_ROWS = 1000
 PROBE_ROWS = 64
 # The base's perplexity per character of target text over that of English text, above which attention is too little.
 FOREIGN = 3.0
+# A direction and a target language; one language alone is not named.
+Group = tuple[str, str]
 TOKEN_WEIGHTS = "it weights the tokens of one answer, and the log-probabilities of whole answers are compared"
 
 
@@ -109,13 +117,13 @@ class Opened:
         made: those that are not its own, rendered.
         keys: their keys for cached reference scores.
         length_S: tokens to score of each sequence, the batch's own first.
-        places: direction -> (chosen, rejected, example), each [R].
+        places: (direction, language) -> (chosen, rejected, example), each [R].
     """
 
     made: Batch
     keys: list[str]
     length_S: torch.Tensor
-    places: dict[str, tuple[torch.Tensor, ...]]
+    places: dict[Group, tuple[torch.Tensor, ...]]
 
 
 @objective(
@@ -151,6 +159,10 @@ class CrossLingualOptimization:
         nll_on: Annotated[
             Literal["target", "both", "none"], Field(description="whose chosen answers the likelihood term is over")
         ] = "target",
+        mean_over: Annotated[
+            Literal["rows", "languages"],
+            Field(description="several target languages: means over the rows of all, or over each and then over them"),
+        ] = "rows",
         length_normalise: Annotated[
             bool, Field(description="divide log-probabilities of answers by their number of tokens")
         ] = False,
@@ -168,15 +180,16 @@ class CrossLingualOptimization:
         self.sft_weight, self.beta, self.nll_on = sft_weight, beta, nll_on
         self.scale = 0.5 if cl_reduction == "mean" else 1.0
         self.factors = {ENGLISH: cl_weight_en, TARGET: cl_weight_tgt}
-        self.length_normalise = length_normalise
+        self.mean_over, self.length_normalise = mean_over, length_normalise
         self.columns = {"language": PROMPT_LANGUAGE, "other": other_answer, "english_prompt": english_prompt}
+        self._languages: tuple[str, ...] = ("",)
         self._measured: dict[str, float] = {}
         self._last: list[tuple[int, Batch, Opened]] = []
 
     @property
     def plain(self) -> bool:
         """Whether it is fine-tuning on the target rows and nothing else."""
-        return self.sft_weight == 1.0 and self.nll_on == "target"
+        return self.sft_weight == 1.0 and self.nll_on == "target" and self.mean_over == "rows"
 
     @property
     def needs(self) -> Needs:
@@ -186,30 +199,38 @@ class CrossLingualOptimization:
         return Needs(
             statistics=("logp",),
             models=("reference",) if self.sft_weight < 1 else (),
-            columns=(*ROW, *self.columns.values()),
+            columns=(*ROW, *self.columns.values(), TARGET_LANGUAGE),
         )
 
     # -- hooks of the engine
 
-    def prepare(self, ctx: Context, dataset: Any) -> None:
-        """Look at all rows before the first step, and at how foreign the target language is to the base.
+    def check_data(self, dataset: Any) -> None:
+        """Look at all rows.
 
         Raises:
             UserError: a row has no answer in the other language, or is not one question with one answer.
         """
         if self.plain:
             return
-        probe: list[dict[str, Any]] = []
-        stride = max(1, len(dataset) // PROBE_ROWS)
+        found = set()
         for start in range(0, len(dataset), SCANNED_ROWS):
-            index = range(start, min(start + SCANNED_ROWS, len(dataset)))
-            fetched = dataset.fetch(index)
-            for b, number in enumerate(index):
-                row = {name: values[b] for name, values in fetched.items()}
+            for number, row in _numbered(dataset, range(start, min(start + SCANNED_ROWS, len(dataset)))):
                 self._preferences({"row": number + 1, **row})
-                if number % stride == 0 and len(probe) < PROBE_ROWS:
-                    probe.append(row)
-        self._measure(ctx, probe)
+                found.add(_language(row))
+        # All processes count the same groups, whatever rows they have.
+        self._languages = tuple(sorted(found))
+
+    def prepare(self, ctx: Context, dataset: Any) -> None:
+        """Measure how foreign the target language is to the base.
+
+        Raises:
+            UserError: as :meth:`check_data` does; a procedure may have made these rows since.
+        """
+        if self.plain:
+            return
+        self.check_data(dataset)
+        index = range(0, len(dataset), max(1, len(dataset) // PROBE_ROWS))[:PROBE_ROWS]
+        self._measure(ctx, [row for _, row in _numbered(dataset, index)])
 
     def record(self) -> dict[str, Any]:
         """What the base made of the two languages: perplexity per character of the chosen answers."""
@@ -231,18 +252,20 @@ class CrossLingualOptimization:
             return Loss(sum=-(out.logp_N * weight_N).sum(), weight=weight_N.sum())
         found = self._directions(out, batch, ctx)
         total = ctx.totals["token"]
-        tokens = sum(ctx.totals[f"{SLUG}/tokens_{name}"] for name in (ENGLISH, TARGET) if self.nll_on in ("both", name))
+        likely = [name for name in (ENGLISH, TARGET) if self.nll_on in ("both", name)]
         # A micro-batch that only fills a place has a graph all the same.
         value = out.logp_N.sum() * 0.0
         metrics: dict[str, tuple[Any, Any]] = {}
-        for name, part in found.items():
+        for (direction, language), part in found.items():
             loss_R, own = preference_loss(part.margin_R), part.weight_R.sum()
-            rows = ctx.totals[f"{SLUG}/rows_{name}"]
+            rows = self._divisor(ctx.totals, "rows", [direction], language)
+            tokens = self._divisor(ctx.totals, "tokens", likely, language)
             if rows > 0 and self.sft_weight < 1:
-                factor = (1 - self.sft_weight) * self.scale * self.factors[name] * total / rows
+                factor = (1 - self.sft_weight) * self.scale * self.factors[direction] * total / rows
                 value = value + factor * (loss_R * part.weight_R).sum()
-            if tokens > 0 and (self.nll_on == "both" or self.nll_on == name):
+            if tokens > 0 and direction in likely:
                 value = value + self.sft_weight * total / tokens * part.nll
+            name = _name(direction, language)
             with torch.no_grad():
                 metrics[f"preference_{name}"] = ((loss_R * part.weight_R).sum(), own)
                 metrics[f"margin_{name}"] = ((part.margin_R * part.weight_R).sum(), own)
@@ -257,17 +280,27 @@ class CrossLingualOptimization:
         """Rows and tokens of the chosen answers of each direction."""
         if self.plain:
             return {}
-        found = dict.fromkeys(
-            (f"{SLUG}/{what}_{name}" for what in ("rows", "tokens") for name in (ENGLISH, TARGET)), 0.0
-        )
+        names = [_name(direction, language) for direction in (ENGLISH, TARGET) for language in self._languages]
+        found = dict.fromkeys((f"{SLUG}/{what}_{name}" for what in ("rows", "tokens") for name in names), 0.0)
         opened, weight_B = self._opened(batch, ctx), _example_weights(batch)
-        for name, (chosen, _, example) in opened.places.items():
+        for group, (chosen, _, example) in opened.places.items():
+            name = _name(*group)
             found[f"{SLUG}/rows_{name}"] = float(weight_B[example].sum())
             found[f"{SLUG}/tokens_{name}"] = float((opened.length_S[chosen] * weight_B[example]).sum())
         return found
 
-    def _directions(self, out: Outputs, batch: Batch, ctx: Context) -> dict[str, Direction]:
-        """Both directions with what they compare; one without a row is left out."""
+    def _divisor(self, totals: dict[str, float], what: str, directions: Sequence[str], language: str) -> float:
+        """What a group's sum over ``what`` is divided by, over the whole step."""
+        sizes = {
+            other: sum(totals[f"{SLUG}/{what}_{_name(direction, other)}"] for direction in directions)
+            for other in self._languages
+        }
+        if self.mean_over == "rows":
+            return sum(sizes.values())
+        return sizes[language] * sum(size > 0 for size in sizes.values())
+
+    def _directions(self, out: Outputs, batch: Batch, ctx: Context) -> dict[Group, Direction]:
+        """Both directions of every language with what they compare; one without a row is left out."""
         opened = self._opened(batch, ctx)
         weight_B, made, length_S = _example_weights(batch), opened.made, opened.length_S
 
@@ -286,9 +319,9 @@ class CrossLingualOptimization:
             [scores(x, b.sequence_N, b.examples, mean=False)[0] for x, b in ((out.logp_N, batch), (made_N, made))]
         )
         found = {}
-        for name, (chosen, rejected, example) in opened.places.items():
+        for group, (chosen, rejected, example) in opened.places.items():
             weight_R = weight_B[example]
-            found[name] = Direction(
+            found[group] = Direction(
                 margin_R=margin(lp[chosen], lp[rejected], reference[chosen], reference[rejected], self.beta),
                 weight_R=weight_R,
                 nll=(nll_S[chosen] * weight_R).sum(),
@@ -312,14 +345,15 @@ class CrossLingualOptimization:
         turns: list[dict[str, Any]] = []
         keys: list[str] = []
         # (chosen, rejected, example) of every preference, as places in the list of sequences.
-        places: dict[str, list[tuple[int, int, int]]] = {}
+        places: dict[Group, list[tuple[int, int, int]]] = {}
         for b, (row, key, some) in enumerate(zip(rows, batch.keys_B, listed, strict=True)):
             at = batch.examples + len(turns)
             own = [(some[0].prompt, some[0].rejected)]
-            places.setdefault(some[0].direction, []).append((b, at, b))
+            language = _language(row)
+            places.setdefault((some[0].direction, language), []).append((b, at, b))
             for n, other in enumerate(some[1:]):
                 own += [(other.prompt, other.chosen), (other.prompt, other.rejected)]
-                places.setdefault(other.direction, []).append((at + 1 + 2 * n, at + 2 + 2 * n, b))
+                places.setdefault((other.direction, language), []).append((at + 1 + 2 * n, at + 2 + 2 * n, b))
             turns += [with_turn(row, *turn) for turn in own]
             # A row's key stands for its tokens; with the texts it tells those of the sequence made from it.
             keys += [content_hash(SLUG, key, *turn) for turn in own]
@@ -335,13 +369,13 @@ class CrossLingualOptimization:
             made=made,
             keys=keys,
             length_S=length_S,
-            places={name: tuple(torch.tensor(places[name], device=device).T) for name in sorted(places)},
+            places={group: tuple(torch.tensor(places[group], device=device).T) for group in sorted(places)},
         )
         self._last.append((ctx.step, batch, opened))
         return opened
 
     def _rows(self, batch: Batch) -> list[dict[str, Any]]:
-        names = [name for name in (*ROW, *self.columns.values()) if name in batch.columns]
+        names = [name for name in (*ROW, *self.columns.values(), TARGET_LANGUAGE) if name in batch.columns]
         return [{name: batch.columns[name][b] for name in names} for b in range(batch.examples)]
 
     def _preferences(self, row: dict[str, Any]) -> list[Preference]:
@@ -365,6 +399,8 @@ class CrossLingualOptimization:
             )
         if values["language"] not in (None, ENGLISH, TARGET):
             raise UserError(f"the column '{PROMPT_LANGUAGE}' must be english, target or empty.", where=where)
+        if not isinstance(_language(row), str):
+            raise UserError(f"the column '{TARGET_LANGUAGE}' must be a text, such as a code, or empty.", where=where)
         prompt = values["english_prompt"]
         if prompt is not None and (not isinstance(prompt, str) or values["language"] == ENGLISH):
             column = self.columns["english_prompt"]
@@ -392,15 +428,17 @@ class CrossLingualOptimization:
                 batch = ctx.render([with_turn(row, p.prompt, p.chosen) for p in some])
                 nll = -scores(ctx.forward(batch, grad=False).logp_N, batch.sequence_N, len(some), mean=False)[0]
                 for p, value in zip(some, nll.tolist(), strict=True):
-                    slot = sums.setdefault(p.direction, [0.0, 0.0])
+                    name = ENGLISH if p.direction == ENGLISH else _name(TARGET, _language(row))
+                    slot = sums.setdefault(name, [0.0, 0.0])
                     slot[0] += value
                     slot[1] += len(p.chosen)
         finally:
             ctx.model.train(was_training)
         self._measured = {name: math.exp(min(nll / size, 700.0)) for name, (nll, size) in sums.items()}
-        if len(self._measured) < 2 or all(p.requires_grad for p in ctx.model.parameters()):
+        english = self._measured.get(ENGLISH)
+        target = max((value for name, value in self._measured.items() if name != ENGLISH), default=0.0)
+        if english is None or all(p.requires_grad for p in ctx.model.parameters()):
             return
-        target, english = self._measured[TARGET], self._measured[ENGLISH]
         if target > FOREIGN * english:
             warnings.warn(
                 f"cross-lingual-optimization: the base's perplexity per character is {target:.1f} on target answers "
@@ -408,6 +446,24 @@ class CrossLingualOptimization:
                 "will teach it little: use parameters: [full].",
                 stacklevel=3,
             )
+
+
+def _language(row: Mapping[str, Any]) -> Any:
+    """The target language that the row tells; empty where it tells none."""
+    told = row.get(TARGET_LANGUAGE)
+    return "" if told is None else told
+
+
+def _name(direction: str, language: str) -> str:
+    """A direction in the names of counts and metrics."""
+    return f"{direction}_{language}" if language else direction
+
+
+def _numbered(dataset: Any, index: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Prepared rows with their numbers."""
+    fetched = dataset.fetch(index)
+    for b, number in enumerate(index):
+        yield number, {name: values[b] for name, values in fetched.items()}
 
 
 def _example_weights(batch: Batch) -> torch.Tensor:

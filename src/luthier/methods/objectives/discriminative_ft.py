@@ -139,6 +139,22 @@ class DiscriminativeFineTuning:
 
     # -- hooks of the engine
 
+    def check_data(self, dataset: Any) -> None:
+        """See that every row has negatives for a step.
+
+        Raises:
+            UserError: a row has none, too few, or something that is no text.
+        """
+        if self.sft_warmup < 1.0 and self.negatives == "offline":
+            self._scan(dataset, self.samples_per_prompt)
+
+    def _scan(self, dataset: Any, needed: int) -> None:
+        for start in range(0, len(dataset), SCANNED_ROWS):
+            rows = dataset.fetch(range(start, min(start + SCANNED_ROWS, len(dataset))))
+            for b in range(len(rows["key"])):
+                row = {name: values[b] for name, values in rows.items()}
+                enough(row.get(COLUMN), needed, {"row": start + b + 1, **row}, self.samples_per_prompt)
+
     def prepare(self, ctx: Context, dataset: Any) -> None:
         """One normaliser per row, and a look at all negatives before the first step.
 
@@ -155,12 +171,7 @@ class DiscriminativeFineTuning:
                 raise UserError("discriminative-ft: sharded weights cannot write negatives; use negatives: offline.")
             return
         epochs = ctx.total_epochs
-        needed = self.samples_per_prompt * (epochs if self.resample_per_epoch else 1)
-        for start in range(0, len(dataset), SCANNED_ROWS):
-            rows = dataset.fetch(range(start, min(start + SCANNED_ROWS, len(dataset))))
-            for b in range(len(rows["key"])):
-                row = {name: values[b] for name, values in rows.items()}
-                enough(row.get(COLUMN), needed, {"row": start + b + 1, **row}, self.samples_per_prompt)
+        self._scan(dataset, self.samples_per_prompt * (epochs if self.resample_per_epoch else 1))
 
     def state(self) -> dict[str, Any]:
         """The normalisers by row, and a hash of the rows they belong to."""

@@ -151,8 +151,8 @@ class FaultAwareFineTuning:
 
     # -- hooks of the engine
 
-    def prepare(self, ctx: Context, dataset: Any) -> None:
-        """Look at the flags of all rows before the first step.
+    def check_data(self, dataset: Any) -> None:
+        """Look at the flags of all rows.
 
         Raises:
             UserError: no row has a pair, or flags belong to other tokens than those that are trained on.
@@ -176,6 +176,16 @@ class FaultAwareFineTuning:
                 f"{SLUG}: no training row has a wrong answer with flags. Put the data stage {SLUG} last in "
                 "data.stages, or set require_pairs: false to train plainly."
             )
+
+    def prepare(self, ctx: Context, dataset: Any) -> None:
+        """Count pairs and flags, and make place for the scores of wrong answers.
+
+        Raises:
+            UserError: as :meth:`check_data` does.
+        """
+        if not self.needs.columns:
+            return
+        self.check_data(dataset)
         self._data = dataset
         self._fingerprint = content_hash(list(dataset.keys))
         if self.compares and self.refresh == "epoch":

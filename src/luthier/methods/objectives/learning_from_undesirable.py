@@ -207,6 +207,10 @@ class LearningFromUndesirable:
 
     # -- hooks of a run
 
+    def check_data(self, dataset: Any) -> None:
+        """The base objective's hook."""
+        self._pass_on("check_data", dataset)
+
     def prepare_model(self, model: Any, processor: Any) -> None:
         """The base objective's hook."""
         self._pass_on("prepare_model", model, processor)
@@ -270,7 +274,7 @@ class LearningFromUndesirable:
                 return out
             if key not in seen.additions:
                 seen.additions[key] = self._zero(seen, block, x, out)
-            return seen.additions[key](x, out)
+            return seen.additions[key].probe(x, out)
 
         def see(state: torch.Tensor) -> None:
             seen.states.append(state.detach() if self.stop_gradient == "original" else state)
@@ -311,8 +315,7 @@ class LearningFromUndesirable:
             LuthierError: the outputs are not of the pass that was watched, or the gradient of the step is not finite.
         """
         if ctx.step % self.every or not torch.is_grad_enabled():
-            plain: Loss = self.base.loss(out, batch, ctx)
-            return plain
+            return self._plain(out, batch, ctx)
         seen, self._seen = self._seen, None
         given = {id(v) for v in batch.inputs.values()}
         if seen is None or not any(id(v) in given for v in seen.inputs):
@@ -323,15 +326,26 @@ class LearningFromUndesirable:
         finally:
             self._busy = False
 
+    def _plain(self, out: Outputs, batch: Batch, ctx: Context) -> Loss:
+        """L, where it can be without keeping logits for its backward pass."""
+
+        def of(part_out: Outputs, part: Batch) -> Loss:
+            loss: Loss = self.base.loss(part_out, part, ctx)
+            return loss
+
+        # Without `fused` two backward passes go through it, and a gradient formed with the loss serves one.
+        once = self.base.needs.positionwise and self.fused
+        return out.positionwise(batch, of) if once else of(out, batch)
+
     def _regularised(self, out: Outputs, batch: Batch, ctx: Context, seen: Seen) -> Loss:
-        loss: Loss = self.base.loss(out, batch, ctx)
+        loss = self._plain(out, batch, ctx)
         plain = loss.sum.detach()
         trained = [p for p in ctx.model.parameters() if p.requires_grad]
         moving = [a.up for a in seen.additions.values() if a.up.requires_grad]
         through = [*(trained if self.fused else ()), *moving]
         keep = not self.fused or self.stop_gradient != "original"
-        found = torch.autograd.grad(loss.sum, through, retain_graph=keep, allow_unused=True) if through else ()
-        first, ascent = list(found[: len(through) - len(moving)]), found[len(through) - len(moving) :]
+        first = list(torch.autograd.grad(loss.sum, through, retain_graph=keep, allow_unused=True)) if through else []
+        ascent = [first.pop() for _ in moving][::-1]
         if moving and all(g is None for g in ascent):
             raise LuthierError(f"{SLUG}: the loss does not come from the forward pass it has watched.")
         started = time.perf_counter()
@@ -435,7 +449,9 @@ class LearningFromUndesirable:
                 out = ctx.forward(batch)
         metrics: dict[str, tuple[Any, Any]] = {}
         if self.twin_loss:
-            metrics["twin_nll"] = (-(out.logp_N.detach() * batch.weight_N).sum(), batch.weight_N.sum())
+            with torch.no_grad():
+                nll = out.positionwise(batch, lambda o, b: Loss(-(o.logp_N * b.weight_N).sum(), b.weight_N.sum()))
+            metrics["twin_nll"] = (nll.sum, nll.weight)
         return torch.stack(found), metrics
 
 

@@ -120,6 +120,26 @@ class PreferenceOrientedFineTuning:
 
     # -- hooks of the engine
 
+    def check_data(self, dataset: Any) -> None:
+        """See that every row has a score of its own text.
+
+        Raises:
+            UserError: a row has no score, or one of another text or unit.
+        """
+        if self.sft_warmup < 1.0 and self.variant != "reference_free":
+            self._scan(dataset)
+
+    def _scan(self, dataset: Any) -> tuple[list[float], list[str]]:
+        """Score and source of every row."""
+        found, sources = [], []
+        for start in range(0, len(dataset), SCANNED_ROWS):
+            columns = dataset.fetch(range(start, min(start + SCANNED_ROWS, len(dataset))))
+            for b, row in enumerate(_rows(columns, len(columns["key"]))):
+                row = {"row": start + b + 1, **row}
+                found.append(self._score(row))
+                sources.append(str(row.get("source") or "data.train"))
+        return found, sources
+
     def prepare(self, ctx: Context, dataset: Any) -> None:
         """Look at every row's score before the first step.
 
@@ -132,14 +152,7 @@ class PreferenceOrientedFineTuning:
             raise UserError(f"preference-oriented-sft: train_targets: all is not for {ctx.task.name}; use assistant.")
         if self.variant == "reference_free":
             return
-        found, sources = [], []
-        for start in range(0, len(dataset), SCANNED_ROWS):
-            columns = dataset.fetch(range(start, min(start + SCANNED_ROWS, len(dataset))))
-            for b, row in enumerate(_rows(columns, len(columns["key"]))):
-                row = {"row": start + b + 1, **row}
-                found.append(self._score(row))
-                sources.append(str(row.get("source") or "data.train"))
-        self._sources = quantiles(found, sources)
+        self._sources = quantiles(*self._scan(dataset))
 
     def record(self) -> dict[str, Any]:
         """Rows and quantiles of their scores by source, and how the weights follow the quality of the rows."""

@@ -11,8 +11,8 @@ step: ``one`` or r of them are drawn (uniformly, for each step), beside the whol
 in the paper) adds ``KL_n = T^2 KL(softmax(z_K / T) || softmax(z_n / T))`` for n < K, without gradient to the whole
 model's logits z_K.
 
-An exit's gradient is formed together with its loss, so the logits of one exit live at a time; where the head is trained
-and tied to the input embedding the engine keeps or recomputes them, as it does for any loss.
+An exit's gradient is formed chunk by chunk together with its loss, so that no exit's logits outlive it, and the head's
+gradient is summed over the exits in one place (where ``inner`` is a sum over positions).
 
 Paper: "Sorted LLaMA: Unlocking the Potential of Intermediate Layers of Large Language Models for Dynamic Inference
 (Using Sorted Fine-Tuning)", 2023, arXiv 2309.08968; the sampling of sub-models is that of "SortedNet", 2023, arXiv
@@ -28,6 +28,7 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -37,7 +38,7 @@ from luthier.core import registry
 from luthier.core.errors import LuthierError, UserError
 from luthier.core.protocols import Batch, Context, Loss, Needs, Outputs
 from luthier.core.registry import objective
-from luthier.functional.chunked_projection import Attach
+from luthier.functional.chunked_projection import share_head_gradients
 from luthier.functional.exits import blocks_of, check_exits, default_exits, fit_exits, transformers_model
 
 
@@ -169,6 +170,8 @@ class SortedFineTuning:
         # Hooks are looked up by name: those of the inner objective are offered where it has them.
         if hasattr(self.inner, "state"):
             self.state, self.load = self.inner.state, self.inner.load
+        if hasattr(self.inner, "check_data"):
+            self.check_data = self.inner.check_data
 
     @property
     def alone(self) -> bool:
@@ -209,30 +212,49 @@ class SortedFineTuning:
         chosen = self.chosen(exits, ctx)
         depth = exits[-1]
         factors = exit_factors(exits, depth, self.exit_weights, chosen)
-        gather = _Gather(ctx) if self.inner.needs.positionwise and not _tied(ctx) else None
+        # One object for all exits, so that a frozen model reads it once for all of them.
+        whole = replace(batch, part_of=None)
+        first: torch.Tensor | None = None
         total: torch.Tensor | None = None
         made: Loss | None = None
         metrics: dict[str, tuple[Any, Any]] = {}
         for n, factor in zip(chosen, factors, strict=True):
             # The whole model's outputs are there already.
             at = out if n == depth else out.exit(n)
-            made = self.inner.loss(at, batch, ctx)
-            term = made.sum
-            metrics |= {f"exit_{n}/{name}": value for name, value in made.metrics.items()}
-            metrics[f"exit_{n}/loss"] = (made.sum.detach(), made.weight)
-            if self.distill and n < depth:
-                divergence_N = at.over_vocabulary(self._from_whole_model(out, ctx)) * batch.weight_N
-                term = term + self.distill * divergence_N.sum()
-                metrics[f"exit_{n}/divergence"] = (divergence_N.detach().sum(), batch.weight_N.sum())
-            term = term * factor
-            if gather is not None:
-                term = gather.formed(term, at, shared=at is out)
-            total = term if total is None else total + term
+            term = self._term(n, factor, whole, out if n < depth else None, ctx)
+            made = at.positionwise(whole, term) if self.inner.needs.positionwise else term(at, whole)
+            if first is None:
+                first = made.sum
+            else:
+                share_head_gradients(made.sum, first)
+            metrics |= made.metrics
+            total = made.sum if total is None else total + made.sum
         assert total is not None
         assert made is not None
-        if gather is not None:
-            total = total + gather.head()
-        return Loss(sum=total, weight=made.weight, unit=made.unit, metrics=metrics)
+        return replace(made, sum=total, metrics=metrics)
+
+    def _term(
+        self, n: int, factor: float, whole: Batch, deepest: Outputs | None, ctx: Context
+    ) -> Callable[[Outputs, Batch], Loss]:
+        """The weighted loss of exit n on a part of the batch, with the divergence from the ``deepest`` outputs."""
+        divergence = self._from_whole_model(deepest, ctx) if self.distill and deepest is not None else None
+
+        def loss(at: Outputs, part: Batch) -> Loss:
+            made: Loss = self.inner.loss(at, part, ctx)
+            term = made.sum
+            metrics = {f"exit_{n}/{name}": value for name, value in made.metrics.items()}
+            metrics[f"exit_{n}/loss"] = (made.sum.detach(), made.weight)
+            if divergence is not None:
+                place_N = None if part is whole or part.part_of is None else part.part_of[1]
+                apart_N = at.over_vocabulary(
+                    lambda logits_CV, index_C: divergence(logits_CV, index_C if place_N is None else place_N[index_C])
+                )
+                apart_N = apart_N * part.weight_N
+                term = term + self.distill * apart_N.sum()
+                metrics[f"exit_{n}/divergence"] = (apart_N.detach().sum(), part.weight_N.sum())
+            return replace(made, sum=term * factor, metrics=metrics)
+
+        return loss
 
     def chosen(self, exits: Sequence[int], ctx: Context) -> list[int]:
         """The exits of the current step, a function of the step alone."""
@@ -274,46 +296,3 @@ class SortedFineTuning:
             return distillation(teacher_CV, logits_CV, self.distill_temperature)
 
         return divergence
-
-
-def _tied(ctx: Context) -> bool:
-    """Whether the trained head is also the input embedding: its gradient then comes from the blocks as well."""
-    weight_VH = ctx.output_layer()[0]
-    return weight_VH.requires_grad and transformers_model(ctx.model).get_input_embeddings().weight is weight_VH
-
-
-class _Gather:
-    """Gradients formed exit by exit, so that no exit's logits outlive its loss; the head's are summed in one place."""
-
-    def __init__(self, ctx: Context) -> None:
-        weight_VH, bias_V, _ = ctx.output_layer()
-        self.trained = [t if t is not None and t.requires_grad else None for t in (weight_VH, bias_V)]
-        self.gradients: list[torch.Tensor | None] = [None, None]
-
-    def formed(self, term: torch.Tensor, out: Outputs, *, shared: bool) -> torch.Tensor:
-        """The value of a term with its gradient to the exit's hidden states attached.
-
-        ``shared`` outputs are also read by others, such as the further terms of a weighted sum.
-        """
-        if not term.requires_grad:
-            return term
-        hidden_NH = out.hidden(-1)
-        inputs = [t for t in (hidden_NH, *self.trained) if t is not None and t.requires_grad]
-        # The head is not unused: where it is trained and the graph does not end in it, a gradient would be lost.
-        found = dict(zip(map(id, inputs), torch.autograd.grad(term, inputs, retain_graph=shared), strict=True))
-        for place, tensor in enumerate(self.trained):
-            if tensor is not None:
-                before, new = self.gradients[place], found[id(tensor)]
-                self.gradients[place] = new if before is None else before.add_(new)
-        value = term.detach()
-        if id(hidden_NH) not in found:
-            return value
-        return Attach.apply(hidden_NH, None, None, value, found[id(hidden_NH)], None, None)
-
-    def head(self) -> torch.Tensor | float:
-        """Zero, with the head's gradients attached."""
-        first = next((g for g in self.gradients if g is not None), None)
-        if first is None:
-            return 0.0
-        zero = first.new_zeros((), dtype=torch.promote_types(first.dtype, torch.float32))
-        return Attach.apply(None, *self.trained, zero, None, *self.gradients)

@@ -70,7 +70,7 @@ class KeyTokenWeights:
         columns = COLUMNS if self.max_weight > 1 else ()
         return Needs(statistics=("logp",), positionwise=True, columns=columns)
 
-    def prepare(self, ctx: Context, dataset: Any) -> None:
+    def check_data(self, dataset: Any) -> None:
         """See that the rows have key tokens.
 
         Raises:
@@ -78,6 +78,10 @@ class KeyTokenWeights:
         """
         if self.max_weight > 1:
             require_key_tokens(dataset)
+
+    def prepare(self, ctx: Context, dataset: Any) -> None:
+        """Look again: a procedure may have made these rows."""
+        self.check_data(dataset)
 
     def loss(self, out: Outputs, batch: Batch, ctx: Context) -> Loss:
         """Weighted sum of f; the weight is the number of turns, or the sum of token weights."""

@@ -55,7 +55,7 @@ class KeyTokenWeighting:
         self.max_weight, self.average = max_weight, average
         self.needs = Needs(statistics=("logp",), columns=COLUMNS if max_weight > 1 else ())
 
-    def prepare(self, ctx: Context, dataset: Any) -> None:
+    def check_data(self, dataset: Any) -> None:
         """See that the rows have key tokens.
 
         Raises:
@@ -63,6 +63,10 @@ class KeyTokenWeighting:
         """
         if self.max_weight > 1:
             require_key_tokens(dataset)
+
+    def prepare(self, ctx: Context, dataset: Any) -> None:
+        """Look again: a procedure may have made these rows."""
+        self.check_data(dataset)
 
     def __call__(self, batch: Batch, ctx: Context) -> Batch:
         """The batch with its position weights multiplied."""
