@@ -20,7 +20,7 @@ from luthier.core.errors import UserError
 from luthier.lab.tokenizer import tokenizer
 
 ROWS = [{"question": f"{i} + 1 =", "answer": str(i + 1)} for i in range(24)]
-METHODS = "half-ft, loss-top-k(keep_fraction=0.5)"
+METHODS = "half-ft, loss-top-k(oversample=2)"
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +81,8 @@ def test_what_a_comparison_leaves(whole):
         "base",
         "sft",
         "half-ft",
-        "loss-top-k(keep_fraction=0.5)",
-        "loss-top-k(keep_fraction=0.5) (equal tokens)",
+        "loss-top-k(oversample=2)",
+        "loss-top-k(oversample=2) (equal tokens)",
     ]
     assert all(e["status"] == "done" for e in made["entries"])
     sft, half = made["entries"][1], made["entries"][2]
@@ -189,7 +189,7 @@ def test_wrong_input_ends_with_status_2_before_anything_runs(recipe, tmp_path, c
 
 def test_a_budget_of_tokens_is_held_by_all(recipe, tmp_path):
     made = luthier.compare(
-        recipe, methods="loss-top-k(keep_fraction=0.5)", seeds=1, budget="tokens=120", output=tmp_path, quiet=True
+        recipe, methods="loss-top-k(oversample=2)", seeds=1, budget="tokens=120", output=tmp_path, quiet=True
     )
     used = [e["cost"]["supervised_tokens"] for e in made["entries"][1:]]
     assert all(abs(tokens - 120) <= 30 for tokens in used), used

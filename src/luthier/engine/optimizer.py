@@ -111,7 +111,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 def gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """The gradients that are there."""
+    """The gradients that are there, whole: a loss that does not reach the output layer may leave one by rows."""
+    for parameter in (p for g in optimizer.param_groups for p in g["params"]):
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.to_dense()
     return [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
 
 

@@ -18,7 +18,7 @@ from luthier.engine.head import Head, LogitsOutputs
 from luthier.engine.reference import ReferenceOutputs, ReferenceScores
 from luthier.engine.stack import Stack
 from luthier.tasks.base import Encoded, Task
-from luthier.tasks.causal_lm import output_scale, underlying
+from luthier.tasks.causal_lm import output_scale, tied_gradient_by_rows, underlying
 
 Decode = Callable[..., list[list[Completion]]]
 
@@ -226,6 +226,12 @@ class Session:
 
     def loss(self, batch: Batch) -> Loss:
         """The objective on a micro-batch, with plain NLL and mean target probability measured beside it."""
+        # DDP and FSDP take no gradients by rows.
+        by_rows = self.task.name == "causal-lm" and self.processes.world == 1
+        with tied_gradient_by_rows(self.model) if by_rows else nullcontext():
+            return self._loss(batch)
+
+    def _loss(self, batch: Batch) -> Loss:
         objective = self.stack.objective
 
         def measured(out: Outputs, part: Batch) -> Loss:

@@ -6,7 +6,8 @@ by the log-prob head at supervised positions alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,26 @@ def final_norm(base: Any) -> torch.nn.Module:
         if isinstance(found := getattr(decoder, name, None), torch.nn.Module):
             return found
     raise UserError(f"{type(base).__name__} has no final norm that is known, so it has no early exits.")
+
+
+@contextmanager
+def tied_gradient_by_rows(model: Any) -> Iterator[None]:
+    """Within the block, a tied input embedding gives its gradient as rows to add to that of the output layer.
+
+    By default it is a second matrix of the vocabulary's size, nearly all of it zeros that are made and added. Where the
+    loss does not reach the output layer, the gradient stays by rows (sparse).
+    """
+    base = underlying(model)
+    inner, outer = base.get_input_embeddings(), base.get_output_embeddings()
+    tied = isinstance(inner, torch.nn.Embedding) and inner.weight is getattr(outer, "weight", None)
+    if not tied or inner.sparse or not inner.weight.requires_grad:
+        yield
+        return
+    inner.sparse = True
+    try:
+        yield
+    finally:
+        inner.sparse = False
 
 
 class CausalLM:
