@@ -155,10 +155,10 @@ def reason(folder: Path) -> str:
 
 
 def _measured_base(plan: Any, folder: Path) -> dict[str, Any]:
-    from luthier.runs.api import _opened
+    from luthier.runs.api import open_data
     from luthier.runs.run import Workshop, open_model
 
-    data, _, _ = _opened(plan)
+    data, _, _ = open_data(plan)
     loaded = open_model(plan, data.labels)
     shop = Workshop(plan, data, loaded, folder)
     shop.measure.kept = {}
