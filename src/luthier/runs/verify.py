@@ -43,7 +43,8 @@ def verify_head(session: Session) -> float:
     model.eval()
     try:
         with session.autocast():
-            logits_BTV = model(**inputs, **({"use_cache": False} if back else {})).logits.float()
+            # Virtual tokens of prompt tuning stand in front of the probe's.
+            logits_BTV = model(**inputs, **({"use_cache": False} if back else {})).logits[:, -tokens:].float()
         own_N = session.forward(batch, grad=False).logp_N
     finally:
         model.train(was_training)

@@ -16,6 +16,7 @@ import torch
 from luthier.core.errors import UserError
 from luthier.core.protocols import Batch
 from luthier.tasks.base import ROW_WEIGHT, Encoded, carried, pad, row_weights
+from luthier.tasks.virtual_tokens import with_virtual_tokens
 
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
 
@@ -112,10 +113,11 @@ class CausalLM:
     def encode(self, model: torch.nn.Module, batch: Batch, *, hidden: bool = False) -> Encoded:
         """Backbone over all tokens, hidden states gathered at the supervised positions."""
         base = underlying(model)
-        out = base.get_decoder()(**batch.inputs, use_cache=False, output_hidden_states=hidden)
+        inputs, ahead = with_virtual_tokens(model, batch.inputs)
+        out = base.get_decoder()(**inputs, use_cache=False, output_hidden_states=hidden)
 
         def at_positions(state_BTH: torch.Tensor) -> torch.Tensor:
-            return state_BTH.reshape(-1, state_BTH.shape[-1]).index_select(0, batch.position_N)
+            return state_BTH[:, ahead:].reshape(-1, state_BTH.shape[-1]).index_select(0, batch.position_N)
 
         layer = base.get_output_embeddings()
         if not isinstance(layer, torch.nn.Linear):

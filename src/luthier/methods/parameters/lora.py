@@ -28,7 +28,7 @@ from luthier.core.errors import UserError
 from luthier.core.protocols import Context
 from luthier.core.registry import parameters
 from luthier.functional.adapters import block_targets, named_targets
-from luthier.methods.parameters._adapters import Adapter, common, drawing
+from luthier.methods.parameters._adapters import Adapter, alone, common, drawing
 
 
 @parameters(
@@ -36,6 +36,7 @@ from luthier.methods.parameters._adapters import Adapter, common, drawing
     example={"rank": 4, "alpha": 8.0},
     conflicts={
         "parameters:full": "full trains every tensor and lora freezes the base; name one of the two",
+        **alone("lora"),
     },
     paper="LoRA: Low-Rank Adaptation of Large Language Models, 2021, arXiv 2106.09685",
 )
