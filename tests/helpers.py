@@ -186,7 +186,13 @@ def stack_with(method: Any, options: Any) -> dict[str, Any]:
 
 
 def make_session(
-    model: Any = None, *, task: str = "causal-lm", seed: int = 0, processes: Processes | None = None, **stack: Any
+    model: Any = None,
+    *,
+    task: str = "causal-lm",
+    seed: int = 0,
+    processes: Processes | None = None,
+    given: dict[str, Any] | None = None,
+    **stack: Any,
 ) -> Session:
     """A session over a tiny model with plain SFT, unless told otherwise."""
     make, processor, kind = BEDS[task]
@@ -199,7 +205,7 @@ def make_session(
     made = Stack(objective=objective, parameters=parameters, named=named, **stack)
     model = model or make()
     made.call("prepare_model", model, processor)
-    model = open_parameters(model, made, Setup(seed=seed, task=task, processor=processor))
+    model = open_parameters(model, made, Setup(seed=seed, task=task, processor=processor, given=given or {}))
     return Session(
         model=model,
         task=kind(processor),

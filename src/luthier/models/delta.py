@@ -19,6 +19,7 @@ import torch
 from luthier.core.errors import UserError
 from luthier.core.store import atomic_folder
 from luthier.functional.differences import Difference, add, add_to, difference, pack, unpack
+from luthier.functional.tying import untie
 from luthier.models.shards import read_header
 
 FORMAT = "luthier-delta-1"
@@ -33,7 +34,8 @@ class Delta:
         base: fingerprint of the base (:func:`luthier.models.info.fingerprint`).
         parts: tensor name -> its difference.
         absolute: tensors that the base does not share, such as a new head, with their full values.
-        about: JSON about how it was made.
+        about: JSON about how it was made; ``untied`` says that its model had a tied output matrix given a copy of its
+            own, which :meth:`apply` does as well.
     """
 
     base: str
@@ -105,8 +107,10 @@ class Delta:
         Raises:
             UserError: see :meth:`check`.
         """
+        self.check(_tensors(model), base)
+        if self.about.get("untied") and isinstance(model, torch.nn.Module):
+            untie(model)
         tensors = _tensors(model)
-        self.check(tensors, base)
         done = Applied(tensors)
         with torch.no_grad():
             for name, part in self.parts.items():
@@ -149,7 +153,8 @@ class Delta:
                 parts[name] = add(parts[name], part) if name in parts else part
             except ValueError as error:
                 raise UserError(f"the deltas do not fit each other: '{name}': {error}.") from error
-        return Delta(self.base, parts, {**self.absolute, **other.absolute})
+        about = {"untied": bool(self.about.get("untied") or other.about.get("untied"))}
+        return Delta(self.base, parts, {**self.absolute, **other.absolute}, about)
 
     def save(self, folder: str | Path) -> Path:
         """Write ``delta.safetensors`` into a new folder; returns the folder."""

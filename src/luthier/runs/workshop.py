@@ -18,6 +18,7 @@ from luthier.core.registry import TOKEN_TASKS
 from luthier.core.store import write_json
 from luthier.data.prepare import prepare
 from luthier.engine.distributed import Processes
+from luthier.functional.tying import is_tied
 from luthier.recipe.plan import choice_of
 from luthier.runs import backends, setup
 from luthier.runs import procedure as kept
@@ -67,6 +68,7 @@ class Workshop:
         self.measure = Measure(plan, data, self.decoder)
         self.seed: int = plan.recipe.seed
         self.trainings = 0
+        self.tied = is_tied(loaded.model)
         if plan.task == "causal-lm":
             # Generation ends where the rendered answers end, here and in whatever opens the saved model.
             own = loaded.model.generation_config.eos_token_id
@@ -238,7 +240,8 @@ class Workshop:
 
         told = [m.delta(model) for m in stack.named.values() if hasattr(m, "delta")]
         if told and self.processes.main:
-            delta = reduce(add, (Delta(self.loaded.fingerprint, *parts) for parts in told))
+            about = {"untied": self.tied and not is_tied(model)}
+            delta = reduce(add, (Delta(self.loaded.fingerprint, *parts, about) for parts in told))
             delta.save(folder / "delta")
 
     def evaluate(self, model: Any) -> dict[str, Any]:
