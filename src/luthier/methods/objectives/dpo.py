@@ -11,12 +11,12 @@
     robust    (-(1 - e) log sigma(h) + e log sigma(-h)) / (1 - 2 e)        e = flipped, unbiased under wrong labels
     sigmoid   with flipped e > 0:  -(1 - e) log sigma(h) - e log sigma(-h)
 
-``tail_weight`` below 1 lets tokens behind the length of the shorter answer count less (length-desensitised). Pairs are
-rows with ``chosen`` and ``rejected`` answers. ``rejected_from: negatives`` takes a list of rejected answers from the
-column ``negatives`` of ordinary rows (the data stages ``self-contrast`` and ``discriminative-ft`` make it): the loss of
-a row is then the mean over its pairs, a step has as many prompts however many negatives there are, and the chosen
-answer is read once. Log-probabilities under the starting model are kept on disk. For a term of plain likelihood on the chosen
-answers (RPO) add ``sft`` to the objective.
+``tail_weight`` below 1 lets tokens behind the length of the shorter answer count less (length-desensitised). Pairs
+are rows with ``chosen`` and ``rejected`` answers. ``rejected_from: negatives`` takes a list of rejected answers from
+the column ``negatives`` of ordinary rows (the data stages ``self-contrast`` and ``discriminative-ft`` make it): the
+loss of a row is then the mean over its pairs, a step has as many prompts however many negatives there are, and the
+chosen answer is read once. Log-probabilities under the starting model are kept on disk. For a term of plain
+likelihood on the chosen answers (RPO) add ``sft`` to the objective.
 
 Papers: "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", 2023, arXiv 2305.18290; IPO,
 2023, arXiv 2310.12036; SLiC, 2023, arXiv 2305.10425; robust DPO, 2024, arXiv 2403.00409; length-desensitised DPO, 2024,

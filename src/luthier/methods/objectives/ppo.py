@@ -8,8 +8,8 @@
 The critic V is one linear map on the last hidden state at the position that predicts token t; it starts at zero, is
 trained beside whatever else is, and is taken away before the model is saved. Advantages A (generalised, whitened) and
 returns R come from the transform ``rollouts`` with ``advantages: gae``; the divergence from the starting model is in
-the reward of each token (``kl_in_reward``). With ``shared_trunk: false`` the critic reads hidden states but does not move
-them.
+the reward of each token (``kl_in_reward``). With ``shared_trunk: false`` the critic reads hidden states but does not
+move them.
 
 Paper: "Proximal Policy Optimization Algorithms", 2017, arXiv 1707.06347; advantages: "High-Dimensional Continuous
 Control Using Generalized Advantage Estimation", 2015, arXiv 1506.02438. For language models the common practice is
