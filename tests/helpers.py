@@ -123,6 +123,12 @@ def random_rows(count: int = 24, *, seed: int = 0, vocabulary: int = 64) -> Memo
         columns["negatives"].append([written(ids) for ids in drawn])
     nothing = {name: [None] * count for name in ("separator", "system", "messages", "tools")}
     nothing["extra"] = [None] * count
+    third = np.random.default_rng([seed, 3])
+    columns["rejected_ids"], columns["rejected_spans"] = [], []
+    for ids, spans in rows:
+        said = third.integers(3, vocabulary, size=int(third.integers(1, 8))).tolist()
+        columns["rejected_ids"].append(np.asarray([*ids[: spans[0]], *said, 2], dtype=np.int32))
+        columns["rejected_spans"].append(np.asarray([spans[0], spans[0] + len(said) + 1], dtype=np.int32))
     columns["ref_score"] = np.random.default_rng([seed, 2]).normal(-3.0, 1.0, size=count).tolist()
     return MemoryRows(rows, {"kind": ["pair"] * count, **columns, **nothing})
 
@@ -174,9 +180,9 @@ KEYS = {"objective": "objective", "transform": "transforms", "selection": "selec
 
 def stack_with(method: Any, options: Any) -> dict[str, Any]:
     """A method, and those that it requires with their example options, as arguments of :func:`make_session`."""
-    needed = [registry.get(*fact.split(":", 1)) for fact in method.requires]
+    needed = [(registry.get(*fact.split(":", 1)), method.beside.get(fact)) for fact in method.requires]
     stack: dict[str, Any] = {}
-    for one, given in [(method, options), *((m, m.example) for m in needed if m.axis in KEYS)]:
+    for one, given in [(method, options), *((m, given or m.example) for m, given in needed if m.axis in KEYS)]:
         built = as_objective(one.build(given)) if one.axis == "objective" else one.build(given)
         if one.axis in ("transform", "parameters"):
             stack.setdefault(KEYS[one.axis], []).append(built)

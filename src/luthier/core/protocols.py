@@ -410,6 +410,9 @@ class Hooks(Protocol):
         gradients of the step were multiplied by.
         """
 
+    def groups(self, model: Any) -> list[dict[str, Any]]:
+        """Optimiser groups over modules that it added and opened itself, beside those of the parameter methods."""
+
     def record(self) -> Any:
         """JSON to keep in the run's ``methods.json``: what was drawn, chosen or found."""
 

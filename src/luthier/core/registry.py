@@ -64,6 +64,7 @@ class Method:
         conflicts: fact about the recipe -> reason. Facts are ``<axis>:<slug>``, ``task:<name>``,
             ``gradient_checkpointing``, ``processes``, ``precision:bf16`` and the like.
         requires: fact about the recipe -> reason; without the fact it is refused.
+        beside: a fact of ``requires`` -> options of that method for the contract suite, where its own do not serve.
         tasks: tasks for which it is defined; empty means all.
         paper: title, year and arXiv number, for lists and pages.
     """
@@ -75,6 +76,7 @@ class Method:
     example: Mapping[str, Any] = field(default_factory=dict)
     conflicts: Mapping[str, str] = field(default_factory=dict)
     requires: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tasks: tuple[str, ...] = ()
     paper: str = ""
 

@@ -69,12 +69,12 @@ def open_parameters(model: torch.nn.Module, stack: Stack, ctx: Any) -> torch.nn.
 
 
 def make_optimizer(model: torch.nn.Module, stack: Stack, training: Any) -> torch.optim.Optimizer:
-    """AdamW or SGD over the groups of the parameter methods.
+    """AdamW or SGD over the groups of the parameter methods, and of others that train modules of their own.
 
     Vectors (norms, biases) are not decayed, unless a group states its own ``weight_decay``.
     """
     groups: list[dict[str, Any]] = []
-    for method in stack.parameters:
+    for method in (m for m in stack.named.values() if hasattr(m, "groups")):
         for group in method.groups(model):
             wanted = [p for p in group["params"] if p.requires_grad]
             scale = float(group.get("lr_scale", 1.0))

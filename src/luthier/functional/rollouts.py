@@ -18,6 +18,7 @@ Columns of a batch of B completions with N tokens:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -58,6 +59,14 @@ def advantages(batch: Batch, totals: dict[str, float], who: str) -> torch.Tensor
             # What no reward could judge stays at 0 when the mean is taken away.
             return spread_N.masked_fill(batch.columns["reward"].isnan()[batch.sequence_N], 0.0)
     return advantage_N
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device."""
+    if device.type == "cpu":
+        return batch
+    tensors = {n: v.to(device) for n, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+    return replace(batch, inputs={n: v.to(device) for n, v in batch.inputs.items()}, **tensors)
 
 
 def whole_of(batch: Batch) -> Batch:

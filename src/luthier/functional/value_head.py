@@ -44,8 +44,9 @@ def of(model: Any) -> torch.nn.Module:
     return head
 
 
-def values(model: Any, out: Outputs) -> torch.Tensor:
-    """V [N], at the positions that predict the tokens."""
+def values(model: Any, out: Outputs, *, frozen: bool = False) -> torch.Tensor:
+    """V [N], at the positions that predict the tokens; ``frozen``: no gradient to the hidden states."""
     hidden_NH = out.hidden(-1)
+    hidden_NH = hidden_NH.detach() if frozen else hidden_NH
     with torch.autocast(hidden_NH.device.type, enabled=False):
         return of(model)(hidden_NH.float()).squeeze(-1)

@@ -53,7 +53,7 @@ from luthier.functional import advantages as adv
 from luthier.functional import value_head
 from luthier.functional.judging import RewardSpec, built, checked
 from luthier.functional.policy_gradient import as_rows, sums
-from luthier.functional.rollouts import drawn_logp, spread_counts
+from luthier.functional.rollouts import drawn_logp, moved, spread_counts
 from luthier.functional.spans import answer_starts
 from luthier.functional.writing import Sampling, completions
 
@@ -415,11 +415,3 @@ def prompts_of(batch: Batch) -> list[list[int]]:
 def repeated(values: Sequence[Any], times: int) -> list[Any]:
     """Each value so many times, one after the other."""
     return [value for value in values for _ in range(times)]
-
-
-def moved(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on a device."""
-    if device.type == "cpu":
-        return batch
-    tensors = {n: v.to(device) for n, v in vars(batch).items() if isinstance(v, torch.Tensor)}
-    return replace(batch, inputs={n: v.to(device) for n, v in batch.inputs.items()}, **tensors)
