@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,13 +17,14 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from luthier.core import registry
-from luthier.core.errors import UserError
+from luthier.core import registry, rng
 from luthier.core.protocols import Artefact, Completion
 from luthier.core.registry import TOKEN_TASKS
 from luthier.core.store import write_atomic, write_json
 from luthier.data.prepare import prepare
+from luthier.data.read import read
 from luthier.engine.distributed import Processes
+from luthier.functional.tokens import add_tokens
 from luthier.recipe.plan import choice_of
 from luthier.runs import disk, setup
 from luthier.runs import procedure as kept
@@ -93,10 +93,12 @@ class Workshop:
         self.resume, self.quiet, self.until, self.instruments = resume, quiet, until, instruments
         self.processes = processes or Processes(plan.recipe.training.sharding)
         self.precision = setup.precision(plan)
-        self.decoder_options = _decoder_options(plan)
+        self.decoder_options = setup.decoder_options(plan)
         self.decoder = plan.decoding.method.build(self.decoder_options)
         # Whether the base is still as it was loaded; the last training changes it in place.
         self.untouched = True
+        # A hash of the base as it is, under which what is computed from it is kept.
+        self.state: str = loaded.fingerprint
         self.measure = Measure(plan, data, self.decoder)
         self.seed: int = plan.recipe.seed
         if plan.task == "causal-lm":
@@ -130,8 +132,15 @@ class Workshop:
         }
         return get_task(self.plan.task, self.loaded.processor).collate(columns, range(len(rendered)))
 
-    def session(self, model: Any, stack: Any = None, *, seed: int | None = None) -> Any:
-        """A session over a model; without methods it serves evaluation alone."""
+    def session(self, model: Any, stack: Any = None, *, seed: int | None = None, reference: Any = None) -> Any:
+        """A session over a model; without methods it serves evaluation alone.
+
+        Args:
+            model: the model.
+            stack: the methods.
+            seed: where it is not the run's.
+            reference: what methods get as their reference, where it is not the model as it is now.
+        """
         from luthier.engine.session import Session
         from luthier.engine.stack import Stack
         from luthier.methods.objectives.sft import SupervisedFineTuning
@@ -147,7 +156,8 @@ class Workshop:
             precision=self.precision,
             head_chunk=training.head_chunk,
             head_backend=training.head,
-            fingerprint=self.loaded.fingerprint,
+            fingerprint=self.state,
+            models={} if reference is None else {"reference": reference},
             decode=self.decode,
             render=self._render,
             wrap=stack is not None,
@@ -155,22 +165,38 @@ class Workshop:
 
     # -- the calls of a procedure
 
-    def source(self, rows: Any, name: str) -> setup.Source:
+    def source(self, rows: Any, name: str, *, ends: bool = True, cut: bool = False) -> setup.Source:
         """Canonical rows (a ``Dataset``) made by a procedure, rendered and prepared as the training rows are.
 
         Of their further columns ``answer_ids`` are the tokens of the last answer, used in place of its text, and
         ``row_weight`` is what the row counts in the loss.
+
+        Args:
+            rows: the rows.
+            name: how they are called in reports.
+            ends: raw text is ended with the end token.
+            cut: rows that are too long are cut, whatever the recipe does with them.
         """
         columns = tuple(dict.fromkeys(c for choice in self.plan.choices() for c in choice.needs.columns))
         if any(f'"{ROW_WEIGHT}"' in (text or "") for text in rows["extra"]):
             columns = (*columns, ROW_WEIGHT)
         renderer = self.data.renderer.with_answer_ids()
+        renderer.add_eos = renderer.add_eos and ends
+        renderer.truncation = "keep_start" if cut else renderer.truncation
         prepared = prepare(
             rows, renderer, labels=self.data.labels, columns=columns, bad_rows=self.plan.recipe.data.bad_rows
         )
         return setup.Source(name, replace(self.data.train.rows, dataset=rows), prepared)
 
-    def train(self, source: setup.Source, *, stage: str | None = None, seed: int | None = None) -> Artefact:
+    def train(
+        self,
+        source: setup.Source,
+        *,
+        stage: str | None = None,
+        seed: int | None = None,
+        start: Artefact | None = None,
+        alternate: int | None = None,
+    ) -> Artefact:
         """Train the base model on a source with the recipe's objective, transforms, selection and parameters.
 
         Args:
@@ -179,6 +205,10 @@ class Workshop:
                 metrics in ``stages/<stage>``, so that a resumed run has it again without training; the base that the
                 last training takes stays as it is.
             seed: of order, noise and dropout, where it is not the run's.
+            start: an inner training to go on from, in place of the base: with its weights and its optimiser's state.
+                The reference of methods that have one stays the base.
+            alternate: canonical rows from this one on are not mixed with those before them, but have steps of their
+                own: one after each step of the others, as often as it takes.
         """
         from luthier.engine.loop import Trainer
         from luthier.engine.optimizer import open_parameters
@@ -190,8 +220,9 @@ class Workshop:
         stack = setup.build_stack(self.plan)
         folder = self.folder if stage is None else self.folder / "stages" / stage
         seed = self.seed if seed is None else seed
-        base = self.loaded.model if stage is None else copy.deepcopy(self.loaded.model)
-        self.untouched = self.untouched and stage is not None
+        fresh = stage is None and start is None
+        base = self.loaded.model if fresh else copy.deepcopy(self.loaded.model if start is None else start.model)
+        self.untouched = self.untouched and not fresh
         model: Any = base.to(self.processes.device)
         from_base = DivergenceFromBase(self.session(model), source.prepared)
         context = Setup(seed=seed, task=self.plan.task, processor=self.loaded.processor)
@@ -199,7 +230,8 @@ class Workshop:
         model = open_parameters(model, stack, context)
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        session = self.session(model, stack, seed=seed)
+        reference = self.loaded.model if start is not None and "reference" in stack.needs.models else None
+        session = self.session(model, stack, seed=seed, reference=reference)
         if self.plan.task in TOKEN_TASKS and not self.processes.sharded:
             verify_head(session)
         watched, rows = self.data.select or self.data.test, self.plan.recipe.evaluation.batch_rows
@@ -208,6 +240,10 @@ class Workshop:
             evaluate = lambda: quick_loss(session, watched.prepared, rows)  # noqa: E731
         rows_read = source.prepared.only((*session.task.reads, *stack.needs.columns))
         trainer = Trainer(session, rows_read, training, folder=folder, evaluate=evaluate, watch=from_base)
+        if alternate is not None:
+            kept.alternate(trainer, source.prepared, alternate)
+        if start is not None:
+            kept.continue_optimizer(trainer, start.folder)
         tracked = bool(training.trackers) and stage is None
         if tracked:
             self.processes.accelerator.init_trackers(self.folder.name)
@@ -228,7 +264,7 @@ class Workshop:
             totals = trainer.run(resume=self.resume, until=self.until if stage is None else None)
         if tracked:
             self.processes.accelerator.end_training()
-        trained = _whole_model(self, session)
+        trained = setup.whole_model(self, session)
         for method in stack.parameters:
             trained = method.export(trained)
         stack.call("finish_model", trained, self.loaded.processor)
@@ -236,6 +272,22 @@ class Workshop:
         if records and self.processes.main:
             write_json(folder / "methods.json", records)
         return Artefact(model=trained, metrics=totals, folder=folder)
+
+    def add_tokens(self, names: Any) -> list[int]:
+        """Give tokenizer and base special tokens that neither has; their ids (see :mod:`luthier.functional.tokens`)."""
+        ids = add_tokens(self.loaded.model, self.loaded.processor, names, rng.stream(self.seed, "init", *names))
+        self.data.renderer.processor.add_tokens(list(names), special_tokens=True)  # rows are rendered with its own
+        self.state = kept.weights_hash(self.loaded.model)
+        return ids
+
+    def read(self, spec: Any, name: str = "text") -> setup.Source:
+        """Rows of a further source, its training part, rendered and prepared."""
+        rows = read(spec, task=self.plan.task, split="train", bad_rows=self.plan.recipe.data.bad_rows)
+        return self.source(rows.dataset, name, cut=True)
+
+    def execute(self, programs: Any, *, seconds: float = 5.0) -> list[dict[str, Any]]:
+        """Run ``(code, tests)`` pairs in the sandbox: ``{passed, reason, output}`` of each, kept by content."""
+        return kept.execute(programs, seconds)
 
     def evaluate(self, model: Any) -> dict[str, Any]:
         """Target, keep and calibration metrics of a model."""
@@ -302,31 +354,6 @@ class Workshop:
         return kept.judge(chosen, rows, completions, self, chosen.deciding(rows))
 
 
-def _decoder_options(plan: Any) -> dict[str, Any]:
-    """Those of the recipe's decoder, writing no more than ``evaluation.max_new_tokens``."""
-    options = dict(plan.decoding.options)
-    if "max_new_tokens" in options:
-        options["max_new_tokens"] = min(options["max_new_tokens"], plan.recipe.evaluation.max_new_tokens)
-    return options
-
-
-def _whole_model(shop: Workshop, session: Any) -> Any:
-    """The trained model with whole tensors: sharded ones are gathered into a freshly opened base."""
-    if not shop.processes.sharded:
-        return session.model
-    from luthier.engine.optimizer import open_parameters
-    from luthier.engine.stack import Setup
-
-    fresh = open_model(shop.plan, shop.data.labels).model
-    stack = setup.build_stack(shop.plan)
-    stack.call("prepare_model", fresh, shop.loaded.processor)
-    fresh = open_parameters(fresh, stack, Setup(seed=shop.seed, task=shop.plan.task, processor=shop.loaded.processor))
-    trained = dict(session.model.named_parameters())
-    for name, parameter in fresh.named_parameters():
-        parameter.data.copy_(shop.processes.whole(trained[name].detach()))
-    return fresh.eval()
-
-
 def open_model(plan: Any, labels: tuple[str, ...] = ()) -> Any:
     """The base model of a plan."""
     from luthier.models.load import load
@@ -342,35 +369,6 @@ def open_model(plan: Any, labels: tuple[str, ...] = ()) -> Any:
         labels=labels or None,
         seed=plan.recipe.seed,
     )
-
-
-def check_folder(plan: Any, folder: Path, *, resume: bool) -> None:
-    """Whether the run's folder can be had: new or, with ``resume``, the one of the same recipe.
-
-    Raises:
-        UserError: it cannot be written, it already holds a run, or the run in it has another recipe.
-    """
-    from luthier.recipe.load import dump
-
-    place = plan.recipe.where(("output",))
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise UserError(f"output: '{there}' is a file, not a folder. Choose another place with output=...", where=place)
-    if not os.access(there, os.W_OK):
-        raise UserError(f"output: '{there}' cannot be written. Choose another place with output=...", where=place)
-    held = folder / "recipe.yaml"
-    if held.exists():
-        text = dump(plan.recipe)
-        if not resume:
-            raise UserError(
-                f"{folder} already holds a run. Continue it with --resume, choose another place with "
-                "output=..., or delete the folder."
-            )
-        if held.read_text(encoding="utf-8") != text:
-            raise UserError(
-                f"the run in {folder} was made by another recipe, so it cannot be continued with this one. Resume "
-                f"with {held}, or choose another place with output=..."
-            )
 
 
 def execute(
@@ -414,7 +412,7 @@ def execute(
     processes = Processes(training.sharding, trackers=training.trackers, folder=str(folder))
     say = Console(stderr=True, quiet=quiet or not processes.main).print
     if processes.main:
-        check_folder(plan, folder, resume=resume)
+        disk.check_folder(plan, folder, resume=resume)
         if not resume:
             disk.check(plan, info)
     processor = load_processor(info.folder, task, recipe.model.trust_remote_code)

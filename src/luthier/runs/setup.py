@@ -241,3 +241,29 @@ def build_stack(plan: Any) -> Stack:
         parameters=[make(c) for c in plan.parameters],
         named=named,
     )
+
+
+def decoder_options(plan: Any) -> dict[str, Any]:
+    """Those of the recipe's decoder, writing no more than ``evaluation.max_new_tokens``."""
+    options = dict(plan.decoding.options)
+    if "max_new_tokens" in options:
+        options["max_new_tokens"] = min(options["max_new_tokens"], plan.recipe.evaluation.max_new_tokens)
+    return options
+
+
+def whole_model(shop: Any, session: Any) -> Any:
+    """The trained model with whole tensors: sharded ones are gathered into a freshly opened base."""
+    if not shop.processes.sharded:
+        return session.model
+    from luthier.engine.optimizer import open_parameters
+    from luthier.engine.stack import Setup
+    from luthier.runs.run import open_model
+
+    fresh = open_model(shop.plan, shop.data.labels).model
+    stack = build_stack(shop.plan)
+    stack.call("prepare_model", fresh, shop.loaded.processor)
+    fresh = open_parameters(fresh, stack, Setup(seed=shop.seed, task=shop.plan.task, processor=shop.loaded.processor))
+    trained = dict(session.model.named_parameters())
+    for name, parameter in fresh.named_parameters():
+        parameter.data.copy_(shop.processes.whole(trained[name].detach()))
+    return fresh.eval()
