@@ -175,7 +175,7 @@ class Renderer:
         if row["kind"] == "text":
             return self._join([self.encoder.ids([row["text"]])[0]], eos=False)[:1]
         if self.chat is None and not row.get("messages"):
-            return self._join([self.encoder.ids([self._raw_prompt(row)])[0]], eos=False)
+            return self._join([self.encoder.ids([self.prompt_text(row)])[0]], eos=False)
         text = self._located(row, lambda: self._chat().prompt(*self.messages_of(row, "messages")))
         return self.encoder.ids([text])[0]
 
@@ -208,7 +208,7 @@ class Renderer:
         if row["kind"] == "text":
             return _Plan([("text", row["text"])], (True,))
         if self.chat is None and not row.get(messages):
-            return _Plan([("prompt", self._raw_prompt(row)), ("completion", row[completion])], (False, True))
+            return _Plan([("prompt", self.prompt_text(row)), ("completion", row[completion])], (False, True))
 
         def locate() -> _Plan:
             text, spans, prompt_end = self._chat().locate(*self.messages_of(row, messages, completion))
@@ -233,7 +233,8 @@ class Renderer:
                 raise UserError(error.message, where=f"{row.get('source', 'row')}, row {row.get('row', '?')}") from None
             raise
 
-    def _raw_prompt(self, row: Row) -> str:
+    def prompt_text(self, row: Row) -> str:
+        """A prompt as raw text: the system prompt before it, the separator behind it."""
         prompt = row["prompt"]
         # The prompt must not depend on the answer, so only its own end decides.
         separator = "" if prompt[-1:].isspace() else row.get("separator") or ""

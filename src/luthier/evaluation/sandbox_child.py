@@ -27,6 +27,7 @@ import traceback
 import types
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 _X86 = platform.machine() == "x86_64"
@@ -332,7 +333,7 @@ def read_rest():
 
 def main():
     """Confine, report, receive, run. The exit status says nothing the parent relies on."""
-    parent, leave, show = os.getppid(), os._exit, partial(traceback.print_exception, limit=-3)
+    parent, leave, show = os.getppid(), os._exit, partial(traceback.print_exception, limit=-8)
     settings = read_line()
     nothing = os.open("/dev/null", os.O_RDONLY)
     try:
@@ -355,6 +356,8 @@ def main():
         deque(map(operator.call, steps(work, settings["verdict"])), maxlen=0)
         status = 0
     except BaseException as error:
+        with suppress(Exception):
+            sys.stdout.flush()  # what was printed comes before what went wrong
         show(error)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -110,7 +110,6 @@ def check(recipe: Any, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from luthier.engine.order import DataOrder
     from luthier.models.estimate import estimate
     from luthier.runs import disk, setup
-    from luthier.runs.run import check_folder
 
     plan = planned(recipe, overrides)
     folder = Path(plan.recipe.output)
@@ -118,7 +117,7 @@ def check(recipe: Any, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if (folder / "recipe.yaml").exists():
         notes.append(f"{folder} already holds a run: train goes on with it (--resume), or takes another output=...")
     else:
-        check_folder(plan, folder, resume=False)
+        disk.check_folder(plan, folder, resume=False)
     setup.require_tools(plan)
     data, info, task = open_data(plan)
     notes += [text for text in [setup.check_length(plan)] if text]

@@ -1,7 +1,8 @@
-"""Whether the disk holds what a run will write, told before training rather than at the end of it."""
+"""Whether a run can have its folder, and whether the disk holds what it will write: told before training."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,3 +44,32 @@ def check(plan: Any, info: ModelInfo) -> None:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def check_folder(plan: Any, folder: Path, *, resume: bool) -> None:
+    """Whether the run's folder can be had: new or, with ``resume``, the one of the same recipe.
+
+    Raises:
+        UserError: it cannot be written, it already holds a run, or the run in it has another recipe.
+    """
+    from luthier.recipe.load import dump
+
+    place = plan.recipe.where(("output",))
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UserError(f"output: '{there}' is a file, not a folder. Choose another place with output=...", where=place)
+    if not os.access(there, os.W_OK):
+        raise UserError(f"output: '{there}' cannot be written. Choose another place with output=...", where=place)
+    held = folder / "recipe.yaml"
+    if held.exists():
+        text = dump(plan.recipe)
+        if not resume:
+            raise UserError(
+                f"{folder} already holds a run. Continue it with --resume, choose another place with "
+                "output=..., or delete the folder."
+            )
+        if held.read_text(encoding="utf-8") != text:
+            raise UserError(
+                f"the run in {folder} was made by another recipe, so it cannot be continued with this one. Resume "
+                f"with {held}, or choose another place with output=..."
+            )

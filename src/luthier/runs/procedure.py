@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -26,8 +27,8 @@ from luthier.core.protocols import Completion
 from luthier.core.rng import derive_seed
 from luthier.core.store import Store, content_hash, write_json
 
-# Prompts, or rows, of a piece.
-WRITTEN, SCORED, JUDGED = 256, 1024, 256
+# Prompts, rows or programs of a piece.
+WRITTEN, SCORED, JUDGED, RUN = 256, 1024, 256, 64
 # Where a row stands decides nothing about it.
 PLACE = ("row", "source", "id", "key")
 
@@ -52,7 +53,7 @@ def weights_hash(model: torch.nn.Module) -> str:
 def _model_key(shop: Any, model: Any) -> list[Any]:
     """What a model's numbers are kept under."""
     untouched = shop.untouched and (model is None or model is shop.loaded.model)
-    state = shop.loaded.fingerprint if untouched and shop.loaded.fingerprint else weights_hash(_live(shop, model))
+    state = shop.state if untouched and shop.state else weights_hash(_live(shop, model))
     opened = shop.plan.recipe.model
     return [state, opened.dtype, opened.attention, shop.precision]
 
@@ -249,3 +250,86 @@ def judge(
     content = ({k: v for k, v in row.items() if k not in PLACE} for row in rows)
     keys = [content_hash(row, text) for row, text in zip(content, completions, strict=True)]
     return [v for piece in in_pieces("verdicts", deciding, keys, JUDGED, write, Store()) for v in piece]
+
+
+def execute(programs: Sequence[tuple[str, str]], seconds: float) -> list[dict[str, Any]]:
+    """What the sandbox says of ``(code, tests)`` pairs, kept by content.
+
+    Raises:
+        UserError: no isolation here; nothing has run.
+    """
+    from luthier.evaluation import sandbox
+
+    sandbox.check()
+    limits = sandbox.Limits(cpu_seconds=max(1, math.ceil(seconds)), wall_seconds=seconds + 1.0)
+
+    def run(items: range, key: str) -> list[Any]:
+        return [vars(verdict) for verdict in sandbox.run_many([programs[i] for i in items], limits)]
+
+    code = [Path(sandbox.__file__), Path(sandbox.__file__).with_name("sandbox_child.py")]
+    pieces = in_pieces("executions", [seconds, content_hash(*code)], [list(p) for p in programs], RUN, run, Store())
+    return [verdict for piece in pieces for verdict in piece]
+
+
+class Alternating:
+    """The order of two sets of rows that take turns, step by step; the first set decides how long it lasts.
+
+    Args:
+        parts: for either set, its order and which rows of the data its numbers are.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Any, np.ndarray]]) -> None:
+        self.parts, self.first = parts, parts[0][0]
+        self.lengths = np.zeros(sum(len(rows) for _, rows in parts), np.int64)
+        for order, rows in parts:
+            self.lengths[rows] = order.lengths
+
+    def steps(self, epochs: float, max_steps: int | None = None) -> int:
+        """Steps of both sets."""
+        whole = 2 * self.first.steps(epochs)
+        return whole if max_steps is None else min(whole, max_steps)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch, number within it) of the first set."""
+        found: tuple[int, int] = self.first.locate(step // 2)
+        return found
+
+    def epoch(self, epoch: int) -> Any:
+        """The steps of an epoch of the first set."""
+        return self.first.epoch(epoch)
+
+    def rows(self, step: int) -> tuple[int, np.ndarray]:
+        """Epoch of the first set, and the rows of a step."""
+        order, rows = self.parts[step % 2]
+        return self.locate(step)[0], rows[order.rows(step // 2)[1]]
+
+
+def alternate(trainer: Any, prepared: Any, boundary: int) -> None:
+    """Let the rows of a trainer from one canonical row on take turns with those before it."""
+    index = np.asarray(prepared.fetch(range(len(prepared)))["index"])
+    training, session = trainer.training, trainer.session
+
+    def part(rows: np.ndarray) -> tuple[Any, np.ndarray]:
+        order = type(trainer.order)(
+            trainer.order.lengths[rows],
+            seed=session.seed,
+            batch_rows=None if training.batch_tokens else training.batch_rows,
+            batch_tokens=training.batch_tokens,
+            buckets=training.buckets,
+            oversample=session.stack.oversample,
+        )
+        return order, rows
+
+    trainer.order = Alternating([part(np.flatnonzero(index < boundary)), part(np.flatnonzero(index >= boundary))])
+    session.total_steps = trainer.total = trainer.order.steps(training.epochs, training.max_steps)
+
+
+def continue_optimizer(trainer: Any, folder: Path) -> None:
+    """Give a trainer the optimiser's state that another one left in ``folder``."""
+    from luthier.engine import checkpoint
+    from luthier.engine.optimizer import load_optimizer_state
+
+    newest = checkpoint.latest(folder / "checkpoints")
+    assert newest is not None, "an inner training leaves a checkpoint"
+    names = {id(p): n for n, p in trainer.session.model.named_parameters()}
+    load_optimizer_state(trainer.optimizer, names, checkpoint.load(newest)[1], trainer.session.processes.like)

@@ -7,7 +7,6 @@ What it leaves: ``recipe.yaml`` (resolved), ``manifest.json``, ``data.json``, ``
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 from rich.console import Console
 
-from luthier.core.errors import UserError
 from luthier.core.store import write_atomic, write_json
 from luthier.engine.distributed import Processes
 from luthier.runs import disk, setup
@@ -47,35 +45,6 @@ class Run:
         from luthier.runs.report import write_report
 
         return write_report(self.folder)
-
-
-def check_folder(plan: Any, folder: Path, *, resume: bool) -> None:
-    """Whether the run's folder can be had: new or, with ``resume``, the one of the same recipe.
-
-    Raises:
-        UserError: it cannot be written, it already holds a run, or the run in it has another recipe.
-    """
-    from luthier.recipe.load import dump
-
-    place = plan.recipe.where(("output",))
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise UserError(f"output: '{there}' is a file, not a folder. Choose another place with output=...", where=place)
-    if not os.access(there, os.W_OK):
-        raise UserError(f"output: '{there}' cannot be written. Choose another place with output=...", where=place)
-    held = folder / "recipe.yaml"
-    if held.exists():
-        text = dump(plan.recipe)
-        if not resume:
-            raise UserError(
-                f"{folder} already holds a run. Continue it with --resume, choose another place with "
-                "output=..., or delete the folder."
-            )
-        if held.read_text(encoding="utf-8") != text:
-            raise UserError(
-                f"the run in {folder} was made by another recipe, so it cannot be continued with this one. Resume "
-                f"with {held}, or choose another place with output=..."
-            )
 
 
 def execute(
@@ -119,7 +88,7 @@ def execute(
     processes = Processes(training.sharding, trackers=training.trackers, folder=str(folder))
     say = Console(stderr=True, quiet=quiet or not processes.main).print
     if processes.main:
-        check_folder(plan, folder, resume=resume)
+        disk.check_folder(plan, folder, resume=resume)
         if not resume:
             disk.check(plan, info)
     processor = load_processor(info.folder, task, recipe.model.trust_remote_code)

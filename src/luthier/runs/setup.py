@@ -253,3 +253,11 @@ def build_stack(plan: Any) -> Stack:
         parameters=[make(c) for c in plan.parameters],
         named=named,
     )
+
+
+def decoder_options(plan: Any) -> dict[str, Any]:
+    """Those of the recipe's decoder, writing no more than ``evaluation.max_new_tokens``."""
+    options = dict(plan.decoding.options)
+    if "max_new_tokens" in options:
+        options["max_new_tokens"] = min(options["max_new_tokens"], plan.recipe.evaluation.max_new_tokens)
+    return options

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from luthier.core import registry
+from luthier.core import registry, rng
 from luthier.core.protocols import Artefact, Completion
 from luthier.core.registry import TOKEN_TASKS
 from luthier.core.store import write_json
 from luthier.data.prepare import prepare
+from luthier.data.read import read
 from luthier.engine.distributed import Processes
+from luthier.functional.tokens import add_tokens
 from luthier.functional.tying import is_tied
 from luthier.recipe.plan import choice_of
 from luthier.runs import backends, setup
@@ -61,10 +63,12 @@ class Workshop:
         self.resume, self.quiet, self.until, self.instruments = resume, quiet, until, instruments
         self.processes = processes or Processes(plan.recipe.training.sharding)
         self.precision = setup.precision(plan)
-        self.decoder_options = _decoder_options(plan)
+        self.decoder_options = setup.decoder_options(plan)
         self.decoder = plan.decoding.method.build(self.decoder_options)
         # Whether the base is still as it was loaded; the last training changes it in place.
         self.untouched = True
+        # A hash of the base as it is, under which what is computed from it is kept.
+        self.state: str = loaded.fingerprint
         self.measure = Measure(plan, data, self.decoder)
         self.seed: int = plan.recipe.seed
         self.trainings = 0
@@ -100,8 +104,15 @@ class Workshop:
         }
         return get_task(self.plan.task, self.loaded.processor).collate(columns, range(len(rendered)))
 
-    def session(self, model: Any, stack: Any = None, *, seed: int | None = None) -> Any:
-        """A session over a model; without methods it serves evaluation alone."""
+    def session(self, model: Any, stack: Any = None, *, seed: int | None = None, reference: Any = None) -> Any:
+        """A session over a model; without methods it serves evaluation alone.
+
+        Args:
+            model: the model.
+            stack: the methods.
+            seed: where it is not the run's.
+            reference: what methods get as their reference, where it is not the model as it is now.
+        """
         from luthier.engine.session import Session
         from luthier.engine.stack import Stack
         from luthier.methods.objectives.sft import SupervisedFineTuning
@@ -117,7 +128,8 @@ class Workshop:
             precision=self.precision,
             head_chunk=training.head_chunk,
             head_backend=training.head,
-            fingerprint=self.loaded.fingerprint,
+            fingerprint=self.state,
+            models={} if reference is None else {"reference": reference},
             decode=self.decode,
             render=self._render,
             wrap=stack is not None,
@@ -125,16 +137,24 @@ class Workshop:
 
     # -- the calls of a procedure
 
-    def source(self, rows: Any, name: str) -> setup.Source:
+    def source(self, rows: Any, name: str, *, ends: bool = True, cut: bool = False) -> setup.Source:
         """Canonical rows (a ``Dataset``) made by a procedure, rendered and prepared as the training rows are.
 
         Of their further columns ``answer_ids`` are the tokens of the last answer, used in place of its text, and
         ``row_weight`` is what the row counts in the loss.
+
+        Args:
+            rows: the rows.
+            name: how they are called in reports.
+            ends: raw text is ended with the end token.
+            cut: rows that are too long are cut, whatever the recipe does with them.
         """
         columns = tuple(dict.fromkeys(c for choice in self.plan.choices() for c in choice.needs.columns))
         if any(f'"{ROW_WEIGHT}"' in (text or "") for text in rows["extra"]):
             columns = (*columns, ROW_WEIGHT)
         renderer = self.data.renderer.with_answer_ids()
+        renderer.add_eos = renderer.add_eos and ends
+        renderer.truncation = "keep_start" if cut else renderer.truncation
         prepared = prepare(
             rows, renderer, labels=self.data.labels, columns=columns, bad_rows=self.plan.recipe.data.bad_rows
         )
@@ -148,7 +168,9 @@ class Workshop:
         seed: int | None = None,
         given: Mapping[str, Any] | None = None,
         training: Mapping[str, Any] | None = None,
-        start: Any = None,
+        start: Artefact | None = None,
+        keep_optimizer: bool = False,
+        alternate: int | None = None,
         best: bool = False,
     ) -> Artefact:
         """Train the base model on a source with the recipe's objective, transforms, selection and parameters.
@@ -161,7 +183,11 @@ class Workshop:
             seed: of order, noise and dropout, where it is not the run's.
             given: what the methods of this training are told, by slug (``ctx.given`` when parameters are opened).
             training: keys of the recipe's training section that are otherwise in this training.
-            start: the model of an earlier stage to go on from, in place of the base; it stays as it is.
+            start: an inner training to go on from, in place of the base; its model stays as it is. The reference of
+                methods that have one stays the base.
+            keep_optimizer: go on with the state of its optimiser, too.
+            alternate: canonical rows from this one on are not mixed with those before them, but have steps of their
+                own: one after each step of the others, as often as it takes.
             best: give the model of the best checkpoint by the evaluations on the way, where there were any.
         """
         from luthier.engine.loop import Trainer
@@ -176,9 +202,9 @@ class Workshop:
         stack = setup.build_stack(self.plan)
         folder = self.folder if stage is None else self.folder / "stages" / stage
         seed = self.seed if seed is None else seed
-        first = self.loaded.model if start is None else start
-        base = first if stage is None and start is None else copy.deepcopy(first)
-        self.untouched = self.untouched and base is not self.loaded.model
+        fresh = stage is None and start is None
+        base = self.loaded.model if fresh else copy.deepcopy(self.loaded.model if start is None else start.model)
+        self.untouched = self.untouched and not fresh
         model: Any = base.to(self.processes.device)
         from_base = DivergenceFromBase(self.session(model), source.prepared)
         context = Setup(
@@ -193,7 +219,8 @@ class Workshop:
         model = open_parameters(model, stack, context)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        session = self.session(model, stack, seed=seed)
+        reference = self.loaded.model if start is not None and "reference" in stack.needs.models else None
+        session = self.session(model, stack, seed=seed, reference=reference)
         if self.plan.task in TOKEN_TASKS and not self.processes.sharded:
             verify_head(session)
         watched, rows = self.data.select or self.data.test, self.plan.recipe.evaluation.batch_rows
@@ -202,6 +229,10 @@ class Workshop:
             evaluate = lambda: quick_loss(session, watched.prepared, rows)  # noqa: E731
         rows_read = source.prepared.only((*session.task.reads, *stack.needs.columns))
         trainer = Trainer(session, rows_read, settings, folder=folder, evaluate=evaluate, watch=from_base)
+        if alternate is not None:
+            kept.alternate(trainer, source.prepared, alternate)
+        if start is not None and keep_optimizer:
+            kept.continue_optimizer(trainer, start.folder)
         tracked = bool(settings.trackers) and stage is None
         if tracked:
             self.processes.accelerator.init_trackers(self.folder.name)
@@ -243,6 +274,22 @@ class Workshop:
             about = {"untied": self.tied and not is_tied(model)}
             delta = reduce(add, (Delta(self.loaded.fingerprint, *parts, about) for parts in told))
             delta.save(folder / "delta")
+
+    def add_tokens(self, names: Any) -> list[int]:
+        """Give tokenizer and base special tokens that neither has; their ids (see :mod:`luthier.functional.tokens`)."""
+        ids = add_tokens(self.loaded.model, self.loaded.processor, names, rng.stream(self.seed, "init", *names))
+        self.data.renderer.processor.add_tokens(list(names), special_tokens=True)  # rows are rendered with its own
+        self.state = kept.weights_hash(self.loaded.model)
+        return ids
+
+    def read(self, spec: Any, name: str = "text") -> setup.Source:
+        """Rows of a further source, its training part, rendered and prepared."""
+        rows = read(spec, task=self.plan.task, split="train", bad_rows=self.plan.recipe.data.bad_rows)
+        return self.source(rows.dataset, name, cut=True)
+
+    def execute(self, programs: Any, *, seconds: float = 5.0) -> list[dict[str, Any]]:
+        """Run ``(code, tests)`` pairs in the sandbox: ``{passed, reason, output}`` of each, kept by content."""
+        return kept.execute(programs, seconds)
 
     def evaluate(self, model: Any) -> dict[str, Any]:
         """Target, keep and calibration metrics of a model."""
@@ -309,14 +356,6 @@ class Workshop:
         """
         chosen = self.measure.verifier if verifier is None else Verifier(choice_of("reward", verifier))
         return kept.judge(chosen, rows, completions, self, chosen.deciding(rows))
-
-
-def _decoder_options(plan: Any) -> dict[str, Any]:
-    """Those of the recipe's decoder, writing no more than ``evaluation.max_new_tokens``."""
-    options = dict(plan.decoding.options)
-    if "max_new_tokens" in options:
-        options["max_new_tokens"] = min(options["max_new_tokens"], plan.recipe.evaluation.max_new_tokens)
-    return options
 
 
 def _whole_model(shop: Workshop, session: Any, context: Any) -> Any:

@@ -86,11 +86,11 @@ def small_llm_recipe(
     if len(found) == 1:
         return ctx.train(ctx.data.train)
     made, names = with_replay(list(found.values()), replay, ctx.seed), [str(value) for value in found]
-    model = None
+    before: Artefact | None = None
     for number, index_R in enumerate(made[:-1], 1):
         source = ctx.source(rows.select(index_R), f"phase {number}")
-        model = ctx.train(source, stage=f"phase-{number}", start=model, best=True).model
-    artefact = ctx.train(ctx.source(rows.select(made[-1]), f"phase {len(made)}"), start=model)
+        before = ctx.train(source, stage=f"phase-{number}", start=before, best=True)
+    artefact = ctx.train(ctx.source(rows.select(made[-1]), f"phase {len(made)}"), start=before)
     sizes = ", ".join(f"{name} ({len(index_R):,} rows)" for name, index_R in zip(names, made, strict=True))
     note = f"trained in {len(made)} phases: {sizes}; {len(made) - 1} checkpoints were chosen on the way"
     return Artefact(artefact.model, artefact.metrics, artefact.folder, (*artefact.notes, note))
