@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,6 +74,23 @@ def _in_task(folder: str, files: dict[str, bytes], threads: int) -> tuple[int, d
     return done.returncode, found
 
 
+def _reach(address: str) -> None:
+    """Refuse an address where nothing listens; ray itself would try for minutes.
+
+    Raises:
+        UserError: nothing answers.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return  # `auto` and the like are for ray to find
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--ray: no cluster answers at '{address}' ({error}). Start one with: ray start --head"
+        ) from error
+
+
 class RayPool:
     """Tasks of a Ray cluster. Model and data must be found under the same paths on every node.
 
@@ -89,6 +107,7 @@ class RayPool:
         except ImportError as error:
             raise missing_extra("ray", "--ray", "luthier[cluster]") from error
         self.ray = ray
+        _reach(address)
         try:
             if not ray.is_initialized():
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -118,7 +137,8 @@ class RayPool:
         try:
             status, files = self.ray.get(handle)
         except Exception as error:  # a node that went away takes its task with it
-            write_atomic(folder / "log.txt", f"error: the cluster lost this trial: {type(error).__name__}\n")
+            said = " ".join(str(error).split())[-300:]
+            write_atomic(folder / "log.txt", f"error: the cluster lost this trial: {type(error).__name__}: {said}\n")
             return 1
         for name, content in files.items():
             write_atomic(folder / name, content)
