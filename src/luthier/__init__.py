@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["check", "compare", "evaluate", "generate", "list_methods", "merge", "tune"]
+__all__ = ["advise", "check", "compare", "evaluate", "generate", "list_methods", "merge", "tune"]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,6 +14,10 @@ def __getattr__(name: str) -> Any:
         from luthier.runs import api
 
         return getattr(api, name)
+    if name == "advise":
+        from luthier.advisor.advise import advise
+
+        return advise
     if name == "compare":
         from luthier.comparison.run import compare
 

@@ -35,15 +35,16 @@ class Fake:
         self.broken, self.losses, self.groups = broken, losses or {}, groups or {}
         self.die_after, self.calls, self.at = die_after, [], {}
 
-    def planned(self, entry):
-        return self._planned // 4 if "batch" in entry else self._planned
+    def steps(self, entry, length):
+        return max(1, round(length * (self._planned // 4 if "batch" in entry else self._planned)))
 
     def group(self, entry):
         return self.groups.get(entry, entry)
 
-    def run_to(self, entry, step, total):
+    def run_to(self, entry, step, length):
         if self.die_after is not None and len(self.calls) >= self.die_after:
             raise Killed
+        total = self.steps(entry, length)
         self.calls.append((entry, step, total))
         if entry in self.broken:
             return Progress(0, None, self.start, 0.0, failed="out of memory")
@@ -104,8 +105,8 @@ def test_the_budget_is_held(tmp_path, budget):
 def test_what_cannot_be_paid_for_is_said(tmp_path):
     # Plain SFT's pace promised more than entry "slow" allows.
     class Slow(Fake):
-        def run_to(self, entry, step, total):
-            found = super().run_to(entry, step, total)
+        def run_to(self, entry, step, length):
+            found = super().run_to(entry, step, length)
             if entry != "slow":
                 return found
             return Progress(found.step, found.score, found.seconds * 50, found.training_seconds * 50, found.records)

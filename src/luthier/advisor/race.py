@@ -57,14 +57,14 @@ class Progress:
 class Runner(Protocol):
     """Trains candidates piece by piece."""
 
-    def planned(self, entry: str) -> int:
-        """Optimiser steps of the whole training of an entry."""
+    def steps(self, entry: str, length: float) -> int:
+        """Optimiser steps of an entry over a share of the recipe's training."""
 
     def group(self, entry: str) -> str:
         """Entries of one group differ in values of ``training`` only, so that their losses have one scale."""
 
-    def run_to(self, entry: str, step: int, total: int) -> Progress:
-        """Go on from wherever the entry is to ``step`` of ``total``; a schedule is laid out for ``total``."""
+    def run_to(self, entry: str, step: int, length: float) -> Progress:
+        """Go on from wherever the entry is to ``step``; the schedule is laid out for that share of the training."""
 
 
 @dataclass
@@ -112,6 +112,7 @@ class Outcome:
         length: the share of the full training that was raced over; 1 where the budget allowed all of it.
         seconds: spent by all calls of the runner.
         overhead: seconds of a call besides its steps.
+        trial_seconds: of a whole trial with its final evaluation, the slowest of those that finished.
         notes: what the budget or the early rule decided, in sentences.
     """
 
@@ -120,6 +121,7 @@ class Outcome:
     length: float
     seconds: float
     overhead: float
+    trial_seconds: float
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,6 +150,7 @@ class Race:
         self.runner, self.file, self.budget, self.observe = runner, file, budget, observe
         self.calls: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
         self.seconds, self.overhead = 0.0, 0.0
+        self.ends: dict[str, float] = {}
         self.notes: list[str] = []
 
     def run(self, entries: Sequence[str]) -> Outcome:
@@ -158,9 +161,9 @@ class Race:
         """
         names = [SFT, *(e for e in dict.fromkeys(entries) if e != SFT)]
         length = self._length(names)
-        standings = {n: Standing(n, max(1, round(length * self.runner.planned(n)))) for n in names}
+        standings = {n: Standing(n, self.runner.steps(n, length)) for n in names}
         for rung, share in enumerate(RUNGS):
-            self._climb(list(standings.values()), share)
+            self._climb(list(standings.values()), share, length)
             running = [s for s in standings.values() if s.status == "waiting"]
             if share == 1.0:
                 for standing in running:
@@ -172,14 +175,24 @@ class Race:
             self._halve([s for s in running if s.status == "waiting"], last=rung == len(RUNGS) - 2)
         done = [s for s in standings.values() if s.status == "finished" and s.entry != SFT]
         finalists = [s.entry for s in sorted(done, key=lambda s: -s.score)]
-        return Outcome(list(standings.values()), finalists, length, self.seconds, self.overhead, self.notes)
+        return Outcome(
+            standings=list(standings.values()),
+            finalists=finalists,
+            length=length,
+            seconds=self.seconds,
+            overhead=self.overhead,
+            trial_seconds=max(
+                self.ends[s.entry] + s.rate * s.total for s in standings.values() if s.entry in self.ends
+            ),
+            notes=self.notes,
+        )
 
     # -- the budget
 
     def _length(self, names: Sequence[str]) -> float:
         """The share of the full training that the budget pays for, from the pace of a few steps of plain SFT."""
-        planned = self.runner.planned(SFT)
-        pilot = self._call(SFT, min(PILOT_STEPS, planned), planned)
+        planned = self.runner.steps(SFT, 1.0)
+        pilot = self._call(SFT, min(PILOT_STEPS, planned), 1.0)
         if pilot.failed:
             raise UserError(f"plain SFT does not run, so there is nothing to compare with: {pilot.failed}")
         pace = pilot.training_seconds / max(pilot.step, 1)
@@ -191,7 +204,7 @@ class Race:
         )
         left = self.budget * RACE_SHARE - self.seconds - calls * self.overhead
         affordable = left / (pace * planned * trainings)
-        length = min(1.0, max(affordable, min(1.0, SHORTEST / planned)))
+        length = min(1.0, max(round(affordable, 3), math.ceil(1000 * SHORTEST / planned) / 1000))
         if length < 1.0:
             self.notes.append(
                 f"The budget pays for {length:.0%} of the training per candidate: all are compared over that part, "
@@ -210,7 +223,7 @@ class Race:
     def _left(self) -> float:
         return self.budget * RACE_SHARE - self.seconds
 
-    def _climb(self, standings: list[Standing], share: float) -> None:
+    def _climb(self, standings: list[Standing], share: float, length: float) -> None:
         """Take everyone still in the race to a share of the training; who cannot be paid for stops."""
         for standing in standings:
             if standing.status != "waiting":
@@ -223,22 +236,25 @@ class Race:
                 standing.stop(f"the budget was used up before it could reach {share:.0%}")
                 self.observe(standing)
                 continue
-            found = self._call(standing.entry, step, standing.total)
+            found = self._call(standing.entry, step, length)
+            if step <= rung_step(RUNGS[0], standing.total):
+                self._look(standing, found)
             steps = found.step - standing.step
             standing.rate = found.training_seconds / steps if steps > 0 else standing.rate
             standing.step = found.step
             standing.scores[f"{share:g}"] = found.score
+            if share == 1.0 and not found.failed:
+                self.ends[standing.entry] = found.seconds - found.training_seconds
             if found.failed:
                 standing.stop(found.failed, "failed")
-            self._look(standing, found, share)
             self.observe(standing)
 
-    def _call(self, entry: str, step: int, total: int) -> Progress:
-        key = f"{entry} {step}/{total}"
+    def _call(self, entry: str, step: int, length: float) -> Progress:
+        key = f"{entry} to step {step} over {length:g}"
         if key not in self.calls:
-            found = self.runner.run_to(entry, step, total)
+            found = self.runner.run_to(entry, step, length)
             # Only the beginning is judged by its records.
-            beginning = step <= rung_step(RUNGS[0], total)
+            beginning = step <= rung_step(RUNGS[0], self.runner.steps(entry, length))
             self.calls[key] = asdict(found if beginning else replace(found, records=[]))
             write_json(self.file, self.calls)
         found = Progress(**self.calls[key])
@@ -247,9 +263,8 @@ class Race:
 
     # -- the decisions
 
-    def _look(self, standing: Standing, found: Progress, share: float) -> None:
-        if share != RUNGS[0] or found.failed:
-            return
+    def _look(self, standing: Standing, found: Progress) -> None:
+        """Keep how it began."""
         # Plain likelihood is logged beside every objective; it is the loss whose level can be read across entries.
         records = [{**r, "loss": r.get("nll", r["loss"])} for r in found.records]
         try:

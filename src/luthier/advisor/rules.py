@@ -149,7 +149,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "doubtful labels",
         lambda f: not _strong(f) and _noisy(f),
-        ("glue-bag-of-tricks", "clear-curation", "anchored-sft(anchor_weight=0.5)"),
+        ("procedure:glue-bag-of-tricks(self_calibrated=true)", "clear-curation", "anchored-sft(anchor_weight=0.5)"),
         "Some labels look wrong: correct them by folds, filter them by confidence, or hold the model to its start.",
         "Bag of Tricks for Effective Language Model Pretraining and Downstream Adaptation, 2023, arXiv 2302.09268; "
         "CLEAR, 2024, arXiv 2403.12776; Anchored Supervised Fine-Tuning, 2025, arXiv 2509.23753",
@@ -274,8 +274,8 @@ def advise_by_rules(
 
 
 def methods_of(entry: str) -> list[str]:
-    """The method names of an entry: ``deduplicate(mode=near)+half-ft[seed=1]`` -> deduplicate, half-ft."""
-    return [part.strip() for part in re.sub(r"\([^)]*\)|\[[^\]]*\]", "", entry).split("+")]
+    """The method names of an entry: ``deduplicate(mode=near)+data:x[seed=1]`` -> deduplicate, x."""
+    return [part.strip().rpartition(":")[2] for part in re.sub(r"\([^)]*\)|\[[^\]]*\]", "", entry).split("+")]
 
 
 def _cannot(entry: str, task: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import typer
 
 from luthier.cli import (
+    advise,
     check,
     compare,
     doctor,
@@ -49,6 +50,7 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("compare")(compare.compare)
+app.command("advise")(advise.advise)
 app.command("merge")(merge.merge)
 app.command("methods")(methods.methods)
 app.command("doctor")(doctor.doctor)

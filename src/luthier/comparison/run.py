@@ -98,6 +98,10 @@ class Comparison:
         except UserError as error:
             raise UserError(f"--methods: '{entry.name}': {error}") from error
 
+    def recipe_of(self, entry: Entry) -> Any:
+        """The recipe of an entry, as ``luthier train`` would run it."""
+        return load(entry.sections(self._common()), list(entry.overrides))
+
     # -- trials
 
     def base_trials(self) -> list[Trial]:

@@ -249,13 +249,14 @@ class Trainer:
     def _log(self, seconds: float, before: dict[str, float]) -> dict[str, Any]:
         """The metrics since the last logged step, over all ranks; ``loss`` is already a sum over ranks."""
         session = self.session
-        done = {k: self.seen[k] - before[k] for k in ("tokens", "supervised")}
+        done = {k: self.seen[k] - before[k] for k in ("tokens", "supervised")} | {"rows": self.seen["rows"]}
         gathered = session.processes.gather((self._since, done))
         record: dict[str, Any] = {"step": session.step, "epoch": self._epoch(), "split": "train"}
         for name in dict.fromkeys(n for part, _ in gathered for n in part):
             amount = sum(part[name][0] for part, _ in gathered if name in part)
             count = sum(part[name][1] for part, _ in gathered if name in part)
             record[name] = amount / count if count else 0.0
+        record["rows"] = sum(c["rows"] for _, c in gathered)  # seen so far
         for name in ("tokens", "supervised"):
             record[name] = sum(c[name] for _, c in gathered)
             record[f"{name}_per_second"] = record[name] / max(seconds, 1e-9)
@@ -332,8 +333,8 @@ class Trainer:
 
     # -- the loop
 
-    def _evaluate(self) -> bool:
-        """Run the evaluation; True when early stopping says stop."""
+    def _measured(self) -> dict[str, float]:
+        """Evaluate, log and tell; what follows from it is the caller's."""
         assert self.evaluate is not None
         self.session.model.eval()
         values = self.evaluate()
@@ -342,6 +343,11 @@ class Trainer:
         if self._metrics is not None:
             self._metrics.write(record)
         self.observe("evaluation", record)
+        return values
+
+    def _evaluate(self) -> bool:
+        """Run the evaluation; True when early stopping says stop."""
+        values = self._measured()
         early = self.training.early_stopping
         gained = self.best is None or values["loss"] < self.best - (early.min_delta if early else 0.0)
         if gained:
@@ -356,7 +362,8 @@ class Trainer:
 
         Args:
             resume: continue from the newest checkpoint of the folder, if there is one.
-            until: stop after this step as if asked to, with a checkpoint; the schedule is that of the whole run.
+            until: evaluate after this step and stop as if asked to, with a checkpoint; the schedule is that of the
+                whole run.
 
         Raises:
             Interrupted: the process was asked to stop; a checkpoint was written.
@@ -393,6 +400,8 @@ class Trainer:
                         self.save()
                     if session.processes.sum([float(asked_to_stop())])[0] > 0:
                         break
+                if self.evaluate and until is not None and session.step == end:
+                    self._measured()
         finally:
             session.close()
             if self._metrics is not None:

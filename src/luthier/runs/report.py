@@ -243,7 +243,7 @@ def _charts(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     def keys(source: Sequence[Mapping[str, Any]]) -> list[str]:
         found = dict.fromkeys(k for r in source for k, v in r.items() if judging.number(v) is not None)
-        return [k for k in found if k not in ("step", "epoch")]
+        return [k for k in found if k not in ("step", "epoch", "rows", "tokens", "supervised")]
 
     charts = [
         chart(
