@@ -43,9 +43,10 @@ class Window:
     """How a run went between two probe points.
 
     Attributes:
-        gradnorm: G, mean gradient norm before clipping, without the first five steps and the warm-up.
+        gradnorm: G, mean gradient norm before clipping, without the first five steps (the first half of them where
+            the probe comes before the tenth step) and the warm-up.
         loss: Lt, token-mean training loss of the same steps.
-        initial: mean loss of the run's first five steps.
+        initial: mean loss of those first steps.
         rate: the run's peak learning rate.
     """
 
@@ -65,14 +66,15 @@ def window(
             weights the loss.
         since: step after which the window begins.
         until: its last step.
-        warmup_steps: left out at the start, as the first five are.
+        warmup_steps: left out at the start, as the first ones are.
         rate: the run's peak learning rate.
 
     Raises:
         UserError: no step is left to look at.
     """
     train = [r for r in records if r.get("split", "train") == "train"]
-    skip = max(FIRST_STEPS, warmup_steps, since)
+    first = min(FIRST_STEPS, until // 2)
+    skip = max(first, warmup_steps, since)
     inside = [r for r in train if skip < r["step"] <= until]
     if not inside:
         raise UserError(
@@ -84,7 +86,7 @@ def window(
     return Window(
         gradnorm=float(np.mean([float(r["grad_norm"]) for r in inside])),
         loss=float((losses * tokens).sum() / tokens.sum()),
-        initial=float(np.mean([float(r["loss"]) for r in train if r["step"] <= FIRST_STEPS])),
+        initial=float(np.mean([float(r["loss"]) for r in train if r["step"] <= first])),
         rate=rate,
     )
 
