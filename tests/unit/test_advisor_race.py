@@ -158,11 +158,13 @@ def test_without_a_running_sft_there_is_no_race(tmp_path):
         race(tmp_path, Fake(SCORES, broken=(SFT,)), "a")
 
 
-def test_diverging_and_resting_runs_stop_whatever_their_score(tmp_path):
+def test_diverging_runs_stop_whatever_their_score_and_resting_ones_are_not_ranked_by_their_loss(tmp_path):
     losses = {"a": (3.0, 4.0, 1.0), "b": (3.0, 2.99, 0.1), "c": (3.0, math.nan, 1.0)}
-    found = {s.entry: s for s in race(tmp_path, Fake(SCORES, losses=losses), "abcd").standings}
+    groups = dict.fromkeys([SFT, *"abcd"], "sft")
+    found = {s.entry: s for s in race(tmp_path, Fake(SCORES, losses=losses, groups=groups), "abcd").standings}
     assert found["a"].reason == "its loss rose from 3 to 4"
-    assert found["b"].reason == "its loss has fallen by less than 2% from 3"
+    assert "combined" not in found["b"].dynamics
+    assert found["b"].status == "finished"
     assert found["c"].reason == "its loss or gradient is not finite"
     assert found["d"].status == "finished"
 

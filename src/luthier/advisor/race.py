@@ -2,8 +2,8 @@
 
 At a tenth and at three tenths of the training the worse half stops, by the score on held-out rows; at the first of
 these, candidates that share everything but ``training`` values are first ranked by their early dynamics (see
-:mod:`luthier.advisor.early`), and a run that diverges or does not learn stops whatever its score. Candidates run to
-equal shares of the training rows, so that batches of other sizes meet at equal samples.
+:mod:`luthier.advisor.early`), and a run that clearly diverges stops whatever its score. Candidates run to equal shares
+of the training rows, so that batches of other sizes meet at equal samples.
 
 Every call of the runner is kept in ``race.json`` with its seconds, and every decision is a function of what is kept: a
 race killed anywhere and begun again takes the same way to the same end, and pays for nothing twice.
@@ -31,6 +31,10 @@ FINALISTS = 2
 PILOT_STEPS = 10
 SHORTEST = 30
 LEAST_LENGTH = 0.3
+# A base that is good already has a loss that moves little at first: what stops a run must be more than noise.
+SURELY = 3.0
+# How the window is kept.
+WINDOW = {"G": "gradnorm", "Lt": "loss", "initial": "initial", "rate": "rate", "noise": "noise"}
 # The part of the budget that the race may use; the rest is for the final comparison over seeds.
 RACE_SHARE = 0.5
 
@@ -279,20 +283,22 @@ class Race:
             seen = early.window(records, since=0, until=min(found.step, every(standing.total)), rate=_rate(records))
         except UserError:
             return  # too short to be judged by how it began
-        standing.dynamics = {"G": seen.gradnorm, "Lt": seen.loss, "initial": seen.initial, "rate": seen.rate}
+        standing.dynamics = {name: getattr(seen, field) for name, field in WINDOW.items()}
 
     def _early(self, running: list[Standing]) -> None:
         """The early-dynamics rule, in each group whose losses have one scale."""
         seen = {s.entry: _window(s.dynamics) for s in running if s.dynamics}
         for standing in running:
             if standing.entry != SFT and standing.entry in seen:
-                reason = early.unhealthy(seen[standing.entry], least_drop=early.LEAST_DROP)
+                reason = early.unhealthy(seen[standing.entry], beyond=SURELY)
                 if reason:
                     standing.stop(reason)
                     self.observe(standing)
         groups: dict[str, list[Standing]] = {}
         for standing in running:
-            if standing.status == "waiting" and standing.entry in seen:
+            # The loss of a run that does not learn yet ranks high for no merit: its score alone decides.
+            learns = standing.entry in seen and not early.unhealthy(seen[standing.entry], least_drop=early.LEAST_DROP)
+            if standing.status == "waiting" and learns:
                 groups.setdefault(self.runner.group(standing.entry), []).append(standing)
         for members in groups.values():
             z = early.indicators([seen[s.entry] for s in members])
@@ -340,7 +346,7 @@ def rung_step(share: float, total: int) -> int:
 
 
 def _window(dynamics: dict[str, float]) -> early.Window:
-    return early.Window(dynamics["G"], dynamics["Lt"], dynamics["initial"], dynamics["rate"])
+    return early.Window(**{field: dynamics[name] for name, field in WINDOW.items()})
 
 
 def _rate(records: Sequence[dict[str, Any]]) -> float:

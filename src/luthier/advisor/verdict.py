@@ -83,8 +83,8 @@ def conclude(comparison: Mapping[str, Any], remarks: Sequence[Rule] = ()) -> Ver
     against_base = _verdict(chosen, "vs_base", target)
     if against_base == "same" and _learns(chosen, entries.get(BASE), target):
         sentences.append(
-            f"The score has not clearly left that of the base ({_change(chosen, 'vs_base', target)}), but the loss fell: "
-            "train longer before judging by it."
+            f"The score has not clearly left that of the base ({_change(chosen, 'vs_base', target)}), but the loss "
+            "fell: train longer before judging by it."
         )
     elif against_base in ("same", "worse"):
         sentences.insert(0, headline)
