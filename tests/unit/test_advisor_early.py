@@ -64,6 +64,8 @@ def test_the_gate():
     assert unhealthy(Window(1.0, 3.5, 3.0)) == "its loss rose from 3 to 3.5"
     assert unhealthy(Window(math.inf, 1.0, 3.0)) == "its loss or gradient is not finite"
     assert not unhealthy(Window(1.0, 3.0, 3.0))
+    assert not unhealthy(Window(1.0, 3.5, 3.0, noise=0.2), beyond=3.0)
+    assert unhealthy(Window(1.0, 3.7, 3.0, noise=0.2), beyond=3.0)
     assert unhealthy(Window(1.0, 3.0, 3.0), least_drop=0.02)
     assert not unhealthy(Window(1.0, 2.94, 3.0), least_drop=0.02)
 
@@ -77,17 +79,23 @@ def test_ranks_of_one_group_are_plain_ranks():
 
 def test_a_window_leaves_out_the_first_steps_the_warmup_and_evaluations():
     records = [
-        {"step": s, "loss": 10.0 - s, "grad_norm": float(s), "tokens": 3 if s == 8 else 1, "split": "train"}
-        for s in range(1, 11)
+        {"step": s, "loss": 20.0 - s, "grad_norm": float(s), "tokens": 3 if s == 10 else 1, "split": "train"}
+        for s in range(1, 13)
     ]
     records.append({"step": 8, "loss": 99.0, "split": "eval"})
-    found = window_of(records, since=0, until=8, rate=0.1)
-    # Steps 6, 7, 8 with losses 4, 3, 2 and 1, 1, 3 tokens; the first five have losses 9 to 5.
-    assert found == Window(gradnorm=7.0, loss=pytest.approx((4 + 3 + 6) / 5), initial=7.0, rate=0.1)
-    assert window_of(records, since=8, until=10).gradnorm == 9.5
-    assert window_of(records, since=0, until=10, warmup_steps=8).gradnorm == 9.5
-    with pytest.raises(UserError, match="no step between 5 and 5"):
-        window_of(records, since=0, until=5)
+    found = window_of(records, since=0, until=10, rate=0.1)
+    # Steps 6 to 10 with losses 14 to 10 and 1, 1, 1, 1, 3 tokens; the first five have losses 19 to 15.
+    # Both sets of losses are five consecutive numbers, of variance 2.
+    noise = pytest.approx(math.sqrt(2 / 5 + 2 / 5))
+    loss = pytest.approx((14 + 13 + 12 + 11 + 30) / 7)
+    assert found == Window(gradnorm=8.0, loss=loss, initial=17.0, rate=0.1, noise=noise)
+    assert window_of(records, since=10, until=12).gradnorm == 11.5
+    assert window_of(records, since=0, until=12, warmup_steps=10).gradnorm == 11.5
+    # A probe at step 4 has two steps to look at and two to compare them with.
+    early = window_of(records, since=0, until=4)
+    assert (early.gradnorm, early.loss, early.initial) == (3.5, 16.5, 18.5)
+    with pytest.raises(UserError, match="no step between 10 and 10"):
+        window_of(records, since=0, until=10, warmup_steps=10)
 
 
 def test_observing_reports_every_sign_and_regret():

@@ -78,6 +78,24 @@ def test_training_that_does_not_beat_the_base_is_not_recommended():
     assert "training hurt" in hurt.headline
 
 
+def test_a_loss_that_fell_counts_where_the_score_leaves_room():
+    learning = entry("sft", 0.02, kind="sft", base="same")
+    learning["vs_base"]["target/loss"] = against(-1.0, "better")
+    for score, recommended in ((0.02, "sft"), (0.95, "base")):
+        base = {"name": "base", "kind": "base", "status": "done", "values": {"target/score": {"value": score}}}
+        made = comparison(sft=learning)
+        found = conclude(made | {"entries": [base, *made["entries"]]})
+        assert found.entry == recommended
+    assert "train longer before judging" not in found.sentences[-1]
+
+
+def test_controls_at_equal_tokens_are_told_and_not_recommended():
+    control = entry("deduplicate (equal tokens)", 0.9, target="better") | {"held_to": "tokens"}
+    found = conclude(comparison(entry("deduplicate", 0.5), control))
+    assert found.entry == "sft"
+    assert any(s.startswith("deduplicate (equal tokens)") for s in found.sentences)
+
+
 def test_lower_is_better_is_read_as_such():
     loss = {**TARGET, "direction": "lower", "unit": "nats"}
     made = comparison(entry("a", 0.4, target="better"), entry("b", 0.3, target="better")) | {"metrics": [loss]}

@@ -80,8 +80,8 @@ def test_the_worse_half_stops_at_each_rung_and_sft_always_finishes(tmp_path):
 
 
 def test_other_batches_meet_at_equal_samples(tmp_path):
-    runner = Fake({SFT: 0.5, "large batch": 0.6})
-    race(tmp_path, runner, ["large batch"])
+    runner = Fake({SFT: 0.5, "large batch": 0.6} | dict.fromkeys("abc", 0.1))
+    race(tmp_path, runner, ["large batch", *"abc"])
     assert [c for c in runner.calls if c[0] == "large batch"] == [
         ("large batch", 25, 250),
         ("large batch", 75, 250),
@@ -111,11 +111,23 @@ def test_what_cannot_be_paid_for_is_said(tmp_path):
                 return found
             return Progress(found.step, found.score, found.seconds * 50, found.training_seconds * 50, found.records)
 
-    found = race(tmp_path, Slow(SCORES | {"slow": 0.95}, planned=500), ["slow", "a"], 60.0)
-    slow = next(s for s in found.standings if s.entry == "slow")
-    assert slow.status == "stopped"
-    assert "budget was used up" in slow.reason
-    assert next(s for s in found.standings if s.entry == SFT).status == "finished"
+    runner = Slow(SCORES | {"slow": 0.95}, planned=500)
+    found = {s.entry: s for s in race(tmp_path, runner, ["a", "slow", "b", "c"], 120.0).standings}
+    assert found["slow"].reason == "the budget was used up before it could reach 30%"
+    assert found["b"].reason == found["c"].reason == "the budget was used up before it could reach 10%"
+    assert found[SFT].status == "finished"
+
+
+def test_a_small_budget_races_fewer_over_a_training_that_tells_something(tmp_path):
+    runner = Fake(SCORES, planned=1000, pace=0.01, start=5.0)
+    found = race(tmp_path, runner, "abcdef", 60.0)
+    assert found.length >= 0.3
+    raced = [s.entry for s in found.standings if s.step]
+    assert raced == [SFT, "a", "b"][: len(raced)]
+    assert found.standings[-1].reason == "the budget pays for fewer candidates"
+    # Where all may be finalists nobody stops to be looked at, but how they began is kept.
+    assert len(runner.calls) == 1 + len(raced)
+    assert all(s.dynamics["G"] == 1.0 for s in found.standings if s.step)
 
 
 def test_killed_anywhere_and_continued_it_takes_the_same_way(tmp_path):
@@ -146,11 +158,13 @@ def test_without_a_running_sft_there_is_no_race(tmp_path):
         race(tmp_path, Fake(SCORES, broken=(SFT,)), "a")
 
 
-def test_diverging_and_resting_runs_stop_whatever_their_score(tmp_path):
+def test_diverging_runs_stop_whatever_their_score_and_resting_ones_are_not_ranked_by_their_loss(tmp_path):
     losses = {"a": (3.0, 4.0, 1.0), "b": (3.0, 2.99, 0.1), "c": (3.0, math.nan, 1.0)}
-    found = {s.entry: s for s in race(tmp_path, Fake(SCORES, losses=losses), "abcd").standings}
+    groups = dict.fromkeys([SFT, *"abcd"], "sft")
+    found = {s.entry: s for s in race(tmp_path, Fake(SCORES, losses=losses, groups=groups), "abcd").standings}
     assert found["a"].reason == "its loss rose from 3 to 4"
-    assert found["b"].reason == "its loss has fallen by less than 2% from 3"
+    assert "combined" not in found["b"].dynamics
+    assert found["b"].status == "finished"
     assert found["c"].reason == "its loss or gradient is not finite"
     assert found["d"].status == "finished"
 

@@ -28,6 +28,7 @@ from luthier.core.errors import UserError
 from luthier.core.store import write_atomic, write_json
 
 ASKED = Rule("asked for", lambda findings: True, (), "You asked for it.", "you")
+METHOD_KEYS = ("procedure", "objective", "transforms", "selection", "parameters", "weights", "data")
 Say = Callable[[str], None]
 
 
@@ -249,8 +250,7 @@ class Advisor:
         reasons = {}
         if rule is not None:
             why = f"{rule.why} ({rule.source})"
-            changed = [key for key in ("procedure", "objective", "transforms", "selection", "parameters", "weights", "data")
-                       if getattr(recipe, key) != getattr(self.recipe, key)]  # fmt: skip
+            changed = [key for key in METHOD_KEYS if getattr(recipe, key) != getattr(self.recipe, key)]
             reasons = {(changed or ["training"])[0]: why}
         head = [verdict.headline]
         if verdict.entry == BASE:

@@ -43,16 +43,19 @@ class Window:
     """How a run went between two probe points.
 
     Attributes:
-        gradnorm: G, mean gradient norm before clipping, without the first five steps and the warm-up.
+        gradnorm: G, mean gradient norm before clipping, without the first five steps (the first half of them where
+            the probe comes before the tenth step) and the warm-up.
         loss: Lt, token-mean training loss of the same steps.
-        initial: mean loss of the run's first five steps.
+        initial: mean loss of those first steps.
         rate: the run's peak learning rate.
+        noise: standard error of ``loss - initial``, from the spread of the steps' losses.
     """
 
     gradnorm: float
     loss: float
     initial: float
     rate: float = 0.0
+    noise: float = 0.0
 
 
 def window(
@@ -65,14 +68,15 @@ def window(
             weights the loss.
         since: step after which the window begins.
         until: its last step.
-        warmup_steps: left out at the start, as the first five are.
+        warmup_steps: left out at the start, as the first ones are.
         rate: the run's peak learning rate.
 
     Raises:
         UserError: no step is left to look at.
     """
     train = [r for r in records if r.get("split", "train") == "train"]
-    skip = max(FIRST_STEPS, warmup_steps, since)
+    first = min(FIRST_STEPS, until // 2)
+    skip = max(first, warmup_steps, since)
     inside = [r for r in train if skip < r["step"] <= until]
     if not inside:
         raise UserError(
@@ -81,24 +85,27 @@ def window(
         )
     tokens = np.array([float(r.get("tokens", 1.0)) for r in inside])
     losses = np.array([float(r["loss"]) for r in inside])
+    begun = np.array([float(r["loss"]) for r in train if r["step"] <= first])
     return Window(
         gradnorm=float(np.mean([float(r["grad_norm"]) for r in inside])),
         loss=float((losses * tokens).sum() / tokens.sum()),
-        initial=float(np.mean([float(r["loss"]) for r in train if r["step"] <= FIRST_STEPS])),
+        initial=float(begun.mean()),
         rate=rate,
+        noise=float(np.sqrt(losses.var() / losses.size + begun.var() / begun.size)),
     )
 
 
-def unhealthy(run: Window, *, least_drop: float | None = None) -> str:
+def unhealthy(run: Window, *, least_drop: float | None = None, beyond: float = 0.0) -> str:
     """Why a run must be stopped whatever the others do; empty where it need not.
 
     Args:
         run: its latest window.
         least_drop: share of the initial loss by which the window's must be lower; None before the last probe.
+        beyond: standard errors by which the loss must have risen to count as risen.
     """
     if not (math.isfinite(run.loss) and math.isfinite(run.gradnorm) and math.isfinite(run.initial)):
         return "its loss or gradient is not finite"
-    if run.loss > run.initial:
+    if run.loss > run.initial + beyond * run.noise:
         return f"its loss rose from {run.initial:.4g} to {run.loss:.4g}"
     if least_drop is not None and run.loss > (1 - least_drop) * run.initial:
         return f"its loss has fallen by less than {least_drop:.0%} from {run.initial:.4g}"

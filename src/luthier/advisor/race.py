@@ -2,8 +2,8 @@
 
 At a tenth and at three tenths of the training the worse half stops, by the score on held-out rows; at the first of
 these, candidates that share everything but ``training`` values are first ranked by their early dynamics (see
-:mod:`luthier.advisor.early`), and a run that diverges or does not learn stops whatever its score. Candidates run to
-equal shares of the training rows, so that batches of other sizes meet at equal samples.
+:mod:`luthier.advisor.early`), and a run that clearly diverges stops whatever its score. Candidates run to equal shares
+of the training rows, so that batches of other sizes meet at equal samples.
 
 Every call of the runner is kept in ``race.json`` with its seconds, and every decision is a function of what is kept: a
 race killed anywhere and begun again takes the same way to the same end, and pays for nothing twice.
@@ -26,9 +26,15 @@ SFT = "sft"
 RUNGS = (0.1, 0.3, 1.0)
 KEEP = 0.5
 FINALISTS = 2
-# Steps of plain SFT that tell the pace of this machine, and the shortest training that tells anything.
+# Steps of plain SFT that tell the pace of this machine; the shortest training that tells anything, in steps and as a
+# share of the recipe's.
 PILOT_STEPS = 10
 SHORTEST = 30
+LEAST_LENGTH = 0.3
+# A base that is good already has a loss that moves little at first: what stops a run must be more than noise.
+SURELY = 3.0
+# How the window is kept.
+WINDOW = {"G": "gradnorm", "Lt": "loss", "initial": "initial", "rate": "rate", "noise": "noise"}
 # The part of the budget that the race may use; the rest is for the final comparison over seeds.
 RACE_SHARE = 0.5
 
@@ -160,9 +166,13 @@ class Race:
             UserError: the budget does not even pay for a short plain SFT.
         """
         names = [SFT, *(e for e in dict.fromkeys(entries) if e != SFT)]
-        length = self._length(names)
+        count, length = self._fit(names)
         standings = {n: Standing(n, self.runner.steps(n, length)) for n in names}
-        for rung, share in enumerate(RUNGS):
+        for name in names[count:]:
+            standings[name].stop("the budget pays for fewer candidates")
+            self.observe(standings[name])
+        rungs = _rungs(count)
+        for rung, share in enumerate(rungs):
             self._climb(list(standings.values()), share, length)
             running = [s for s in standings.values() if s.status == "waiting"]
             if share == 1.0:
@@ -172,7 +182,7 @@ class Race:
                 break
             if rung == 0:
                 self._early(running)
-            self._halve([s for s in running if s.status == "waiting"], last=rung == len(RUNGS) - 2)
+            self._halve([s for s in running if s.status == "waiting"], last=rung == len(rungs) - 2)
         done = [s for s in standings.values() if s.status == "finished" and s.entry != SFT]
         finalists = [s.entry for s in sorted(done, key=lambda s: -s.score)]
         return Outcome(
@@ -189,36 +199,38 @@ class Race:
 
     # -- the budget
 
-    def _length(self, names: Sequence[str]) -> float:
-        """The share of the full training that the budget pays for, from the pace of a few steps of plain SFT."""
+    def _fit(self, names: Sequence[str]) -> tuple[int, float]:
+        """(how many entries, the share of the full training) that the budget pays for, by a few steps of plain SFT.
+
+        Fewer entries are raced rather than all over a training too short to tell them apart.
+        """
         planned = self.runner.steps(SFT, 1.0)
         pilot = self._call(SFT, min(PILOT_STEPS, planned), 1.0)
         if pilot.failed:
             raise UserError(f"plain SFT does not run, so there is nothing to compare with: {pilot.failed}")
         pace = pilot.training_seconds / max(pilot.step, 1)
         self.overhead = pilot.seconds - pilot.training_seconds
-        counts = self._counts(len(names))
-        calls = sum(counts)
-        trainings = sum(
-            n * (s - (RUNGS[i - 1] if i else 0.0)) for i, (n, s) in enumerate(zip(counts, RUNGS, strict=True))
-        )
-        left = self.budget * RACE_SHARE - self.seconds - calls * self.overhead
-        affordable = left / (pace * planned * trainings)
-        length = min(1.0, max(round(affordable, 3), math.ceil(1000 * SHORTEST / planned) / 1000))
+        least = min(1.0, max(LEAST_LENGTH, math.ceil(1000 * SHORTEST / planned) / 1000))
+        for entries in range(len(names), 1, -1):
+            if (affordable := self._affordable(entries, pace * planned)) >= least or entries == 2:
+                break
+        else:
+            entries, affordable = 1, self._affordable(1, pace * planned)
+        length = min(1.0, max(math.floor(1000 * affordable) / 1000, least))
         if length < 1.0:
             self.notes.append(
                 f"The budget pays for {length:.0%} of the training per candidate: all are compared over that part, "
                 "with the learning rate laid out for it."
             )
-        return length
+        return entries, length
 
-    @staticmethod
-    def _counts(entries: int) -> list[int]:
-        """How many entries reach each rung."""
-        counts = [entries]
-        for _ in RUNGS[1:-1]:
-            counts.append(min(counts[-1], max(math.ceil(counts[-1] * KEEP), FINALISTS + 1)))
-        return [*counts, min(counts[-1], FINALISTS + 1)]
+    def _affordable(self, entries: int, training: float) -> float:
+        """The share of a full training, which takes ``training`` seconds, that every entry could be raced over."""
+        counts = _counts(entries)
+        rungs = _rungs(entries)
+        shares = [share - before for before, share in zip((0.0, *rungs), rungs, strict=False)]
+        trainings = sum(n * share for n, share in zip(counts, shares, strict=True))
+        return (self._left() - sum(counts) * self.overhead) / (training * trainings)
 
     def _left(self) -> float:
         return self.budget * RACE_SHARE - self.seconds
@@ -237,7 +249,7 @@ class Race:
                 self.observe(standing)
                 continue
             found = self._call(standing.entry, step, length)
-            if step <= rung_step(RUNGS[0], standing.total):
+            if not standing.dynamics:
                 self._look(standing, found)
             steps = found.step - standing.step
             standing.rate = found.training_seconds / steps if steps > 0 else standing.rate
@@ -254,8 +266,8 @@ class Race:
         if key not in self.calls:
             found = self.runner.run_to(entry, step, length)
             # Only the beginning is judged by its records.
-            beginning = step <= rung_step(RUNGS[0], self.runner.steps(entry, length))
-            self.calls[key] = asdict(found if beginning else replace(found, records=[]))
+            last = every(self.runner.steps(entry, length))
+            self.calls[key] = asdict(replace(found, records=[r for r in found.records if r["step"] <= last]))
             write_json(self.file, self.calls)
         found = Progress(**self.calls[key])
         self.seconds += found.seconds
@@ -268,23 +280,25 @@ class Race:
         # Plain likelihood is logged beside every objective; it is the loss whose level can be read across entries.
         records = [{**r, "loss": r.get("nll", r["loss"])} for r in found.records]
         try:
-            seen = early.window(records, since=0, until=found.step, rate=_rate(records))
+            seen = early.window(records, since=0, until=min(found.step, every(standing.total)), rate=_rate(records))
         except UserError:
             return  # too short to be judged by how it began
-        standing.dynamics = {"G": seen.gradnorm, "Lt": seen.loss, "initial": seen.initial, "rate": seen.rate}
+        standing.dynamics = {name: getattr(seen, field) for name, field in WINDOW.items()}
 
     def _early(self, running: list[Standing]) -> None:
         """The early-dynamics rule, in each group whose losses have one scale."""
         seen = {s.entry: _window(s.dynamics) for s in running if s.dynamics}
         for standing in running:
             if standing.entry != SFT and standing.entry in seen:
-                reason = early.unhealthy(seen[standing.entry], least_drop=early.LEAST_DROP)
+                reason = early.unhealthy(seen[standing.entry], beyond=SURELY)
                 if reason:
                     standing.stop(reason)
                     self.observe(standing)
         groups: dict[str, list[Standing]] = {}
         for standing in running:
-            if standing.status == "waiting" and standing.entry in seen:
+            # The loss of a run that does not learn yet ranks high for no merit: its score alone decides.
+            learns = standing.entry in seen and not early.unhealthy(seen[standing.entry], least_drop=early.LEAST_DROP)
+            if standing.status == "waiting" and learns:
                 groups.setdefault(self.runner.group(standing.entry), []).append(standing)
         for members in groups.values():
             z = early.indicators([seen[s.entry] for s in members])
@@ -308,6 +322,19 @@ class Race:
             self.observe(standing)
 
 
+def _rungs(entries: int) -> tuple[float, ...]:
+    """Where a race of so many stops to look; nowhere before the end where all may be finalists."""
+    return RUNGS if entries > FINALISTS + 1 else RUNGS[-1:]
+
+
+def _counts(entries: int) -> list[int]:
+    """How many entries reach each rung."""
+    counts = [entries]
+    for _ in _rungs(entries)[1:-1]:
+        counts.append(min(counts[-1], max(math.ceil(counts[-1] * KEEP), FINALISTS + 1)))
+    return counts if len(_rungs(entries)) == 1 else [*counts, min(counts[-1], FINALISTS + 1)]
+
+
 def every(total: int) -> int:
     """Steps between two evaluations of a trial: a tenth of its training, so that every rung is one of them."""
     return math.ceil(RUNGS[0] * total - 1e-9)
@@ -319,7 +346,7 @@ def rung_step(share: float, total: int) -> int:
 
 
 def _window(dynamics: dict[str, float]) -> early.Window:
-    return early.Window(dynamics["G"], dynamics["Lt"], dynamics["initial"], dynamics["rate"])
+    return early.Window(**{field: dynamics[name] for name, field in WINDOW.items()})
 
 
 def _rate(records: Sequence[dict[str, Any]]) -> float:

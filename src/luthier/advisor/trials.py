@@ -1,4 +1,4 @@
-"""The race's runner over the trials of ``luthier compare``: stored by content, so that the final comparison reuses them."""
+"""The race's runner over the trials of ``luthier compare``, which are stored, so that the final comparison has them."""
 
 from __future__ import annotations
 

@@ -10,6 +10,9 @@ from luthier.advisor.rules import Rule
 from luthier.runs.verdict import interval, text
 
 SFT, BASE = "sft", "base"
+LOSS = {"name": "target/loss"}
+# A base that scores this much has little left to learn.
+ENOUGH = 0.9
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ def conclude(comparison: Mapping[str, Any], remarks: Sequence[Rule] = ()) -> Ver
 
     A method is recommended when the interval of its difference from plain SFT on the target excludes zero, or when it
     is level there and clearly better on what should be kept. Training is recommended at all only where the winner is
-    clearly better than the base.
+    clearly better than the base; below a score of 0.9 a loss that clearly fell counts as well, since the score may
+    follow with more training. Lines held to equal tokens are controls: they are told and never recommended.
 
     Args:
         comparison: what ``comparison.json`` holds.
@@ -52,11 +56,10 @@ def conclude(comparison: Mapping[str, Any], remarks: Sequence[Rule] = ()) -> Ver
     if SFT not in entries:
         return Verdict(BASE, SFT, "Nothing can be recommended: plain SFT did not finish.", ())
     methods = [e for e in entries.values() if e["kind"] == "method"]
-    better = [e for e in methods if _verdict(e, "vs_sft", target) == "better"]
+    own = [e for e in methods if e.get("held_to") != "tokens"]
+    better = [e for e in own if _verdict(e, "vs_sft", target) == "better"]
     gentler = [
-        e
-        for e in methods
-        if keep and _verdict(e, "vs_sft", target) == "same" and _verdict(e, "vs_sft", keep) == "better"
+        e for e in own if keep and _verdict(e, "vs_sft", target) == "same" and _verdict(e, "vs_sft", keep) == "better"
     ]
     sign = 1.0 if target["direction"] == "higher" else -1.0
     sentences = [_sentence(e, target, keep) for e in methods]
@@ -78,13 +81,26 @@ def conclude(comparison: Mapping[str, Any], remarks: Sequence[Rule] = ()) -> Ver
             else "No method reached the final comparison beside plain SFT. Use plain SFT."
         )
     against_base = _verdict(chosen, "vs_base", target)
-    if against_base in ("same", "worse"):
+    if against_base == "same" and _learns(chosen, entries.get(BASE), target):
+        sentences.append(
+            f"The score has not clearly left that of the base ({_change(chosen, 'vs_base', target)}), but the loss "
+            "fell: train longer before judging by it."
+        )
+    elif against_base in ("same", "worse"):
         sentences.insert(0, headline)
         word = "did not help clearly" if against_base == "same" else "hurt"
         headline = f"Do not fine-tune: training {word} ({_change(chosen, 'vs_base', target)} against the base)."
         sentences += [r.why for r in remarks if r.kind == "do not fine-tune"]
         return Verdict(BASE, chosen["name"], headline, tuple(sentences))
     return Verdict(chosen["name"], chosen["name"], headline, tuple(sentences), beats_sft=bool(better))
+
+
+def _learns(entry: Mapping[str, Any], base: Mapping[str, Any] | None, target: Mapping[str, Any]) -> bool:
+    """Whether the loss clearly fell where the base's score leaves room."""
+    if base is None or target["name"] == LOSS["name"]:
+        return False
+    full = target["direction"] == "higher" and _value(base, target) >= ENOUGH
+    return not full and _verdict(entry, "vs_base", LOSS) == "better"
 
 
 def unraced(first: str | None, remarks: Sequence[Rule]) -> Verdict:
