@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections import Counter
@@ -228,7 +227,7 @@ def test_a_fused_matrix_counts_as_three_units_and_held_rows_do_not_move(make, di
     method = HalfFineTuning(fraction=0.5)
     session = make_session(make(), parameters=[method])
     model = session.model
-    fused = [n for n in method._masks if n.endswith("weight")]
+    fused = [n for n in method._masked.masks if n.endswith("weight")]
     assert fused
     for layer in (0, 1):
         chosen = [u for u in method._units if u.layer[1] == layer and u.category == "attention"]
@@ -237,10 +236,10 @@ def test_a_fused_matrix_counts_as_three_units_and_held_rows_do_not_move(make, di
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     Trainer(session, random_rows(), settings(weight_decay=0.5, max_steps=3)).run()
     after = dict(model.named_parameters())
-    for name in method._masks:
+    for name in method._masked.masks:
         moved = (after[name] != before[name]).reshape(before[name].shape)
         along = moved if moved.dim() == 1 else moved.any(dim=1 - dim)
-        mask = method._masks[name].flatten()
+        mask = method._masked.masks[name].flatten()
         assert not bool((along & ~mask).any()), name
         # Attention does not depend on the keys' bias, so its gradient is zero but for rounding.
         if not name.endswith("bias"):
@@ -305,7 +304,7 @@ def test_single_entries_are_held_exactly(optimizer):
     base = values_of(tiny_llama())
     session = train(method, optimizer=optimizer)
     inside = total = 0
-    for name, mask in method._masks.items():
+    for name, mask in method._masked.masks.items():
         moved = dict(session.model.named_parameters())[name] != base[name]
         assert not bool((moved & ~mask).any()), name
         inside, total = inside + int(mask.sum()), total + mask.numel()
@@ -320,16 +319,13 @@ def test_resampling_within_a_run_holds_what_is_not_chosen_now(level):
     class Watch(HalfFineTuning):
         def on_step(self, model, ctx):
             super().on_step(model, ctx)
-            seen.append((set(self._chosen), {n: m.clone() for n, m in self._masks.items()}, values_of(model)))
+            seen.append((set(self._chosen), {n: m.clone() for n, m in self._masked.masks.items()}, values_of(model)))
 
     method = Watch(resample="steps:2", level=level)
     session = make_session(tiny_llama(), parameters=[method])
     start = values_of(session.model)
-    first = (set(method._chosen), {n: m.clone() for n, m in method._masks.items()}, start)
     Trainer(session, random_rows(), settings(weight_decay=0.3, epochs=2)).run()
-    history = [first, *seen]
-    # step k is taken under the choice made at the end of step k - 1
-    for (chosen, masks, old), (_, _, new) in itertools.pairwise(history):
+    for (chosen, masks, new), old in zip(seen, [start, *(s[2] for s in seen)], strict=False):
         for unit in method._units:
             for name in unit.tensors:
                 moved = old[name] != new[name]
@@ -337,8 +333,42 @@ def test_resampling_within_a_run_holds_what_is_not_chosen_now(level):
                     assert not bool(moved.any()), name
                 elif name in masks:
                     assert not bool((moved & ~masks[name]).any()), name
-    rounds = [(frozenset(c), frozenset((n, m.sum().item()) for n, m in masks.items())) for c, masks, _ in history]
-    assert rounds[0] == rounds[1] != rounds[2] == rounds[3] != rounds[4]
+    rounds = [(frozenset(c), frozenset((n, m.sum().item()) for n, m in masks.items())) for c, masks, _ in seen]
+    assert rounds[0] == rounds[1] != rounds[2] == rounds[3] != rounds[4] == rounds[5]
+
+
+def test_a_new_choice_of_each_epoch_holds_from_its_first_step():
+    seen = []
+
+    class Watch(HalfFineTuning):
+        def on_step(self, model, ctx):
+            super().on_step(model, ctx)
+            seen.append((ctx.epoch, frozenset(self._chosen)))
+
+    Trainer(make_session(tiny_llama(), parameters=[Watch(resample="epoch")]), random_rows(), settings(epochs=3)).run()
+    assert len(seen) == 9
+    assert len(set(seen)) == 3
+
+
+def test_entries_that_come_back_start_with_fresh_moments():
+    states = []
+
+    class Watch(HalfFineTuning):
+        def before_step(self, batches, ctx):
+            super().before_step(batches, ctx)
+            if ctx.step == 2:
+                for name, mask in self._masked.masks.items():
+                    kept = ctx.optimizer.state[ctx.model.get_parameter(name)]
+                    states.append((mask, kept["exp_avg"].clone(), kept["exp_avg_sq"].clone()))
+
+    method = Watch(resample="steps:2", level="element")
+    Trainer(make_session(tiny_llama(), parameters=[method]), random_rows(), settings(max_steps=3)).run()
+    assert states
+    for mask, first, second in states:
+        assert not bool(first[~mask].any())
+        assert not bool(second[~mask].any())
+        if mask.dim() > 1:  # of a vector the two choices may have nothing in common
+            assert bool(first[mask].any())
 
 
 @pytest.mark.parametrize("options", [{}, {"resample": "steps:2"}, {"resample": "epoch", "level": "element"}])

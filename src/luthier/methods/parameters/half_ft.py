@@ -22,16 +22,18 @@ Example::
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 
 from luthier.core.errors import UserError, did_you_mean
-from luthier.core.protocols import Context
+from luthier.core.protocols import Batch, Context
 from luthier.core.registry import parameters
 from luthier.core.rng import stream
 from luthier.functional import tensor_selection as selection
+from luthier.functional.masked_update import MaskedUpdate, forget
 from luthier.functional.parameter_selector import find_fused
 from luthier.functional.tensor_selection import Fused, Unit
 
@@ -99,11 +101,10 @@ class HalfFineTuning:
         self._units: list[Unit] = []
         self._fused: dict[str, Fused] = {}
         self._chosen: set[str] = set()
-        self._masks: dict[str, torch.Tensor] = {}
-        self._kept: dict[str, torch.Tensor] = {}
+        self._masked = MaskedUpdate({}, who="half-ft")
         self._left: set[str] = set()
         self._shares: dict[str, float] = {}
-        self._seed, self._stage, self._round, self._steps = 0, 0, 0, 0
+        self._seed, self._stage, self._round = 0, 0, 0
 
     # -- the extension point
 
@@ -126,7 +127,7 @@ class HalfFineTuning:
         self._seed = ctx.seed if self.mask_seed is None else self.mask_seed
         # Procedures number their training stages; a single run is stage 0.
         self._stage = 0 if self.resample == "never" else int(getattr(ctx, "stage", 0))
-        self._round, self._steps, self._left = 0, 0, set()
+        self._round, self._left = 0, set()
         self._choose()
         return model
 
@@ -134,42 +135,32 @@ class HalfFineTuning:
         """Opened tensors only, so that frozen ones have neither weight decay nor optimiser state."""
         return [{"params": [p for p in model.parameters() if p.requires_grad]}]
 
-    def on_grad(self, model: torch.nn.Module, ctx: Context) -> None:
-        """Clear the gradient of entries that are held, and remember their values."""
-        if not self._masks:
-            return
-        for name, parameter in model.named_parameters():
-            if name in self._masks and parameter.grad is not None:
-                if hasattr(parameter, "device_mesh"):
-                    raise UserError(
-                        "half-ft: parts of a tensor cannot be held under training.sharding: fsdp2. Use level: category "
-                        "with split_fused: false, or sharding: ddp."
-                    )
-                mask = self._mask(name, parameter)
-                parameter.grad.mul_(mask)
-                self._kept[name] = parameter.detach().clone()
-
-    def on_step(self, model: torch.nn.Module, ctx: Context) -> None:
-        """Put held entries back (weight decay and old momentum move them), and draw a new choice when it is due."""
-        if self._kept:
-            named = dict(model.named_parameters())
-            with torch.no_grad():
-                for name, before in self._kept.items():
-                    parameter = named[name]
-                    parameter.copy_(torch.where(self._mask(name, parameter), parameter, before))
-            self._kept = {}
-        ctx.log(**self._shares)
-        self._steps += 1
+    def before_step(self, batches: Sequence[Batch], ctx: Context) -> None:
+        """Draw a new choice when it is due, so that it holds for this step already."""
         due = self._round
         if self.resample == "epoch":
             due = int(ctx.epoch)
         elif self.resample.startswith("steps:"):
-            due = self._steps // int(self.resample.split(":")[1])
-        if due != self._round:
-            trained = {n for n, p in model.named_parameters() if p.requires_grad}
-            self._round = due
-            self._choose()
-            self._left = (self._left | trained) - {n for n, p in model.named_parameters() if p.requires_grad}
+            due = ctx.step // int(self.resample.split(":")[1])
+        if due == self._round:
+            return
+        model = self._applied()
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        self._round = due
+        self._choose()
+        self._left = (self._left | trained) - {n for n, p in model.named_parameters() if p.requires_grad}
+        # Tensors that leave lose the optimiser's state with the optimiser; entries that leave must lose it here.
+        for name, mask in self._masked.masks.items():
+            forget(ctx.optimizer, model.get_parameter(name), mask)
+
+    def on_grad(self, model: torch.nn.Module, ctx: Context) -> None:
+        """Clear the gradient of entries that are held."""
+        self._masked.on_grad(model)
+
+    def on_step(self, model: torch.nn.Module, ctx: Context) -> None:
+        """Put held entries back (weight decay and old momentum move them)."""
+        self._masked.on_step(model)
+        ctx.log(**self._shares)
 
     def state(self) -> dict[str, Any]:
         """Settings, position, the chosen units, and the tensors that only an earlier choice trained."""
@@ -179,7 +170,6 @@ class HalfFineTuning:
             "settings": self._settings(),
             "stage": self._stage,
             "round": self._round,
-            "steps": self._steps,
             "chosen": sorted(self._chosen),
         }
 
@@ -195,7 +185,7 @@ class HalfFineTuning:
                     f"half-ft: the checkpoint was trained with {key} = {state['settings'].get(key)!r}, this recipe "
                     f"says {value!r}. Resume with the same options, or start a new run."
                 )
-        self._stage, self._round, self._steps = int(state["stage"]), int(state["round"]), int(state["steps"])
+        self._stage, self._round = int(state["stage"]), int(state["round"])
         self._choose()
         if sorted(self._chosen) != list(state["chosen"]):
             raise UserError("half-ft: the checkpoint's trained tensors do not fit this model; resume the same model.")
@@ -298,7 +288,7 @@ class HalfFineTuning:
         for unit in self._units:
             for name in unit.tensors:
                 by_tensor.setdefault(name, []).append(unit)
-        self._masks = {}
+        masks: dict[str, torch.Tensor] = {}
         outside = self._outside(model)
         for name, parameter in model.named_parameters():
             units = by_tensor.get(name)
@@ -308,10 +298,11 @@ class HalfFineTuning:
             chosen = [u for u in units if u.name in self._chosen]
             parameter.requires_grad_(bool(chosen))
             if chosen and len(chosen) < len(units):
-                self._masks[name] = self._rows_mask(chosen, parameter)
+                masks[name] = self._rows_mask(chosen, parameter)
             elif self.level == "element" and self.fraction < 1:
                 generator = stream(self._seed, "init", "half-ft", self._stage, self._round, name)
-                self._masks[name] = torch.rand(parameter.shape, generator=generator) < self.fraction
+                masks[name] = torch.rand(parameter.shape, generator=generator) < self.fraction
+        self._masked = MaskedUpdate(masks, who="half-ft")
         report = self.trained_tensors()
         self._shares = {"trainable_share": report["trainable_share"]}
         self._shares |= {f"trainable_share_{name}": share for name, share in report["share_by_category"].items()}
@@ -327,10 +318,6 @@ class HalfFineTuning:
             assert unit.part is not None
             mask[fused.rows[unit.part]] = True
         return mask.view(shape)
-
-    def _mask(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
-        self._masks[name] = self._masks[name].to(parameter.device)
-        return self._masks[name]
 
     def _outside(self, model: torch.nn.Module) -> dict[str, bool]:
         """For tensors in no block: whether they are trained. Heads that are not the language model's always are."""
