@@ -17,6 +17,7 @@ from luthier.core.protocols import Artefact, Completion
 from luthier.core.registry import TOKEN_TASKS
 from luthier.core.store import write_json
 from luthier.data.prepare import prepare
+from luthier.data.read import read
 from luthier.engine.distributed import Processes
 from luthier.recipe.plan import choice_of
 from luthier.runs import backends, setup
@@ -98,8 +99,24 @@ class Workshop:
         }
         return get_task(self.plan.task, self.loaded.processor).collate(columns, range(len(rendered)))
 
-    def session(self, model: Any, stack: Any = None, *, seed: int | None = None) -> Any:
-        """A session over a model; without methods it serves evaluation alone."""
+    def session(
+        self,
+        model: Any,
+        stack: Any = None,
+        *,
+        seed: int | None = None,
+        models: Mapping[str, Any] | None = None,
+        fingerprint: str | None = None,
+    ) -> Any:
+        """A session over a model; without methods it serves evaluation alone.
+
+        Args:
+            model: the model.
+            stack: the methods.
+            seed: where it is not the run's.
+            models: further frozen models by name.
+            fingerprint: a hash of the model's weights, where it is not the base.
+        """
         from luthier.engine.session import Session
         from luthier.engine.stack import Stack
         from luthier.methods.objectives.sft import SupervisedFineTuning
@@ -115,7 +132,8 @@ class Workshop:
             precision=self.precision,
             head_chunk=training.head_chunk,
             head_backend=training.head,
-            fingerprint=self.loaded.fingerprint,
+            fingerprint=self.loaded.fingerprint if fingerprint is None else fingerprint,
+            models=models,
             decode=self.decode,
             render=self._render,
             wrap=stack is not None,
@@ -138,6 +156,12 @@ class Workshop:
         )
         return setup.Source(name, replace(self.data.train.rows, dataset=rows), prepared)
 
+    def rows(self, spec: Any, *, limit: int | None = None) -> Any:
+        """Canonical rows of the training part of a further source."""
+        return read(
+            spec, task=self.plan.task, split="train", limit=limit, bad_rows=self.plan.recipe.data.bad_rows
+        ).dataset
+
     def train(
         self,
         source: setup.Source,
@@ -148,6 +172,8 @@ class Workshop:
         training: Mapping[str, Any] | None = None,
         start: Any = None,
         best: bool = False,
+        plain: bool = False,
+        models: Mapping[str, Any] | None = None,
     ) -> Artefact:
         """Train the base model on a source with the recipe's objective, transforms, selection and parameters.
 
@@ -161,6 +187,8 @@ class Workshop:
             training: keys of the recipe's training section that are otherwise in this training.
             start: the model of an earlier stage to go on from, in place of the base; it stays as it is.
             best: give the model of the best checkpoint by the evaluations on the way, where there were any.
+            plain: train the recipe's parameters by the plain loss, without its objective, transforms and selection.
+            models: further frozen models by the names under which methods ask for them.
         """
         from luthier.engine.loop import Trainer
         from luthier.engine.optimizer import open_parameters
@@ -171,7 +199,7 @@ class Workshop:
         settings = self.plan.recipe.training
         if training:
             settings = type(settings).model_validate({**settings.model_dump(), **training})
-        stack = setup.build_stack(self.plan)
+        stack = setup.build_stack(self.plan, plain=plain)
         folder = self.folder if stage is None else self.folder / "stages" / stage
         seed = self.seed if seed is None else seed
         first = self.loaded.model if start is None else start
@@ -191,7 +219,9 @@ class Workshop:
         model = open_parameters(model, stack, context)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        session = self.session(model, stack, seed=seed)
+        # What is kept of a reference is kept under the weights that this training starts from.
+        state = None if start is None else kept.weights_hash(start)
+        session = self.session(model, stack, seed=seed, models=models, fingerprint=state)
         if self.plan.task in TOKEN_TASKS and not self.processes.sharded:
             verify_head(session)
         watched, rows = self.data.select or self.data.test, self.plan.recipe.evaluation.batch_rows
