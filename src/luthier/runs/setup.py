@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from luthier.core.errors import UserError
 from luthier.engine.stack import Stack, WeightedSum, as_objective
+from luthier.recipe.plan import choice_of
 from luthier.runs.stages import run_stage
 
 # General text, and tasks that are judged: what most pretrained models can do a little of.
@@ -231,8 +232,13 @@ def precision(plan: Any) -> str:
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def build_stack(plan: Any) -> Stack:
-    """The methods of a plan, built with their options and named for the checkpoint."""
+def build_stack(plan: Any, *, plain: bool = False) -> Stack:
+    """The methods of a plan, built with their options and named for the checkpoint.
+
+    ``plain``: its parameter methods under the plain loss, without transforms and selection.
+    """
+    if plain:
+        plan = replace(plan, objective=[choice_of("objective", "sft")], transforms=[], selection=None)
     named: dict[str, Any] = {}
 
     def make(choice: Any) -> Any:

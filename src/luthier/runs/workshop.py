@@ -104,14 +104,23 @@ class Workshop:
         }
         return get_task(self.plan.task, self.loaded.processor).collate(columns, range(len(rendered)))
 
-    def session(self, model: Any, stack: Any = None, *, seed: int | None = None, reference: Any = None) -> Any:
+    def session(
+        self,
+        model: Any,
+        stack: Any = None,
+        *,
+        seed: int | None = None,
+        models: Mapping[str, Any] | None = None,
+        fingerprint: str | None = None,
+    ) -> Any:
         """A session over a model; without methods it serves evaluation alone.
 
         Args:
             model: the model.
             stack: the methods.
             seed: where it is not the run's.
-            reference: what methods get as their reference, where it is not the model as it is now.
+            models: further frozen models by name.
+            fingerprint: a hash of the model's weights, where it is not the base.
         """
         from luthier.engine.session import Session
         from luthier.engine.stack import Stack
@@ -128,8 +137,8 @@ class Workshop:
             precision=self.precision,
             head_chunk=training.head_chunk,
             head_backend=training.head,
-            fingerprint=self.state,
-            models={} if reference is None else {"reference": reference},
+            fingerprint=self.state if fingerprint is None else fingerprint,
+            models=models,
             decode=self.decode,
             render=self._render,
             wrap=stack is not None,
@@ -160,6 +169,12 @@ class Workshop:
         )
         return setup.Source(name, replace(self.data.train.rows, dataset=rows), prepared)
 
+    def rows(self, spec: Any, *, limit: int | None = None) -> Any:
+        """Canonical rows of the training part of a further source."""
+        return read(
+            spec, task=self.plan.task, split="train", limit=limit, bad_rows=self.plan.recipe.data.bad_rows
+        ).dataset
+
     def train(
         self,
         source: setup.Source,
@@ -172,6 +187,8 @@ class Workshop:
         keep_optimizer: bool = False,
         alternate: int | None = None,
         best: bool = False,
+        plain: bool = False,
+        models: Mapping[str, Any] | None = None,
     ) -> Artefact:
         """Train the base model on a source with the recipe's objective, transforms, selection and parameters.
 
@@ -183,12 +200,14 @@ class Workshop:
             seed: of order, noise and dropout, where it is not the run's.
             given: what the methods of this training are told, by slug (``ctx.given`` when parameters are opened).
             training: keys of the recipe's training section that are otherwise in this training.
-            start: an inner training to go on from, in place of the base; its model stays as it is. The reference of
-                methods that have one stays the base.
+            start: an inner training to go on from, in place of the base; its model stays as it is, and is the
+                reference of methods that have one, unless ``models`` names another.
             keep_optimizer: go on with the state of its optimiser, too.
             alternate: canonical rows from this one on are not mixed with those before them, but have steps of their
                 own: one after each step of the others, as often as it takes.
             best: give the model of the best checkpoint by the evaluations on the way, where there were any.
+            plain: train the recipe's parameters by the plain loss, without its objective, transforms and selection.
+            models: further frozen models by the names under which methods ask for them.
         """
         from luthier.engine.loop import Trainer
         from luthier.engine.optimizer import open_parameters
@@ -199,7 +218,7 @@ class Workshop:
         settings = self.plan.recipe.training
         if training:
             settings = type(settings).model_validate({**settings.model_dump(), **training})
-        stack = setup.build_stack(self.plan)
+        stack = setup.build_stack(self.plan, plain=plain)
         folder = self.folder if stage is None else self.folder / "stages" / stage
         seed = self.seed if seed is None else seed
         fresh = stage is None and start is None
@@ -219,8 +238,11 @@ class Workshop:
         model = open_parameters(model, stack, context)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        reference = self.loaded.model if start is not None and "reference" in stack.needs.models else None
-        session = self.session(model, stack, seed=seed, reference=reference)
+        asked = {name: m for name, m in (models or {}).items() if name in stack.needs.models}
+        # What is kept of a reference is kept under its own weights.
+        reference = asked.get("reference", None if start is None else start.model)
+        state = None if reference is None or reference is self.loaded.model else kept.weights_hash(reference)
+        session = self.session(model, stack, seed=seed, models=asked, fingerprint=state)
         if self.plan.task in TOKEN_TASKS and not self.processes.sharded:
             verify_head(session)
         watched, rows = self.data.select or self.data.test, self.plan.recipe.evaluation.batch_rows

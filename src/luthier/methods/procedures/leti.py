@@ -140,6 +140,7 @@ def leti(
             stage=None if last else f"iteration-{number}",
             start=made,
             keep_optimizer=True,
+            models={"reference": ctx.loaded.model},
             alternate=len(sequences) if blocks else None,
         )
         if held_out is not None:
