@@ -30,6 +30,7 @@ from luthier.functional.adversarial import symmetric_divergence as divergence
 from luthier.methods.objectives.glue_bag_of_tricks import SLUG, AdversarialFineTuning, clean_logits
 from luthier.methods.parameters.lora import LowRankAdaptation
 from luthier.tasks import get_task
+from luthier.tasks.regression import NumberOutputs
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -98,7 +99,7 @@ class Linear(torch.nn.Module):
 
     def forward(self, input_ids, attention_mask):
         mask = attention_mask[..., None].double()
-        return ((self.words(input_ids) * mask).sum(1) / mask.sum(1)) @ self.v.T
+        return ((self.words(input_ids) * mask).sum(1) / mask.sum(1)) @ self.v.t()
 
 
 class LinearContext:
@@ -205,6 +206,40 @@ def test_the_loss_of_a_linear_model_by_hand(variant, steps):
         before = sum(b for _, _, b, _ in rows)
         assert float(loss.metrics["before_ascent"][0]) == pytest.approx(before, rel=1e-8)
         assert extra > before
+
+
+@pytest.mark.parametrize("variant", ["sift", "fgm"])
+@pytest.mark.parametrize("given", [None, [0.5, None]])
+def test_the_loss_of_a_linear_regression_by_hand(variant, given):
+    columns = {} if given is None else {"glue_target": given, "glue_weight": [None, 3.0]}
+    ctx, batch, table, v = linear_case(**columns)
+    v, y, sigma = v[0], np.array([1.25, -0.5]), 0.01
+    ctx.model.v = torch.nn.Parameter(torch.tensor(v))
+    ctx.task = SimpleNamespace(name="sequence-regression")
+    ctx.forward = lambda b: NumberOutputs(ctx.model(**b.inputs), b.target_N, b.sequence_N)
+    batch.target_N = torch.tensor(y, dtype=torch.float32)
+    loss = run_linear(ctx, batch, variant=variant, step_size=0.3, radius=0.4, noise=sigma, adversarial_weight=0.7)
+    wanted_y, weights = (y, WEIGHTS) if given is None else ([0.5, -0.5], [1.0, 1.5])
+    total = 0.0
+    for ids, mask, label, weight, own, row in zip(
+        IDS.numpy(), MASK.numpy(), wanted_y, weights, WEIGHTS, ROWS, strict=True
+    ):
+        n = mask.sum()
+        e = table[ids[:n]]
+        scale = np.sqrt(e.var(-1, keepdims=True) + 1e-7)
+        drawn = torch.randn(int(n), 4, generator=stream(0, "noise", SLUG, 3, row), dtype=torch.float64).numpy()
+        delta, f = sigma * drawn, v @ e.mean(0)
+        moved = v @ (e + scale * delta).mean(0)
+        # d D/d delta = 2 (f' - f) s v/n, or of the squared error; its direction is all that counts.
+        slope = weight * 2 * (moved - label) if variant == "fgm" else 2 * (moved - f)
+        gradient = slope * scale * v[None] / n
+        delta = delta + 0.3 * gradient / np.linalg.norm(gradient, axis=-1, keepdims=True)
+        delta = delta * np.minimum(1, 0.4 / np.linalg.norm(delta, axis=-1, keepdims=True))
+        moved = v @ (e + scale * delta).mean(0)
+        extra = weight * (moved - label) ** 2 if variant == "fgm" else own * (moved - f) ** 2
+        total += weight * (f - label) ** 2 + 0.7 * extra
+    assert loss.sum.item() == pytest.approx(total, rel=1e-9)
+    assert loss.weight.item() == 1.5
 
 
 @pytest.mark.parametrize("detach", [False, True])
@@ -413,7 +448,6 @@ def test_models_that_it_refuses():
     for model, said in (
         (SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=True)), "one stack"),
         (torch.nn.Linear(2, 2), "no word embeddings"),
-        (SimpleNamespace(config=SimpleNamespace(problem_type="regression")), "only classes"),
     ):
         with pytest.raises(UserError, match=said):
             method.prepare(SimpleNamespace(model=model), None)

@@ -47,7 +47,9 @@ class Shop:
         self.folder, self.fit, self.trained = folder, fit, []
         objective = [SimpleNamespace(slug=SLUG)]
         training = SimpleNamespace(early_stopping=None)
-        self.plan = SimpleNamespace(objective=objective, recipe=SimpleNamespace(training=training))
+        self.plan = SimpleNamespace(
+            task="sequence-classification", objective=objective, recipe=SimpleNamespace(training=training)
+        )
         self.processes = SimpleNamespace(main=True)
         sources = {
             name: None if rows is None else self.source(self.read(rows), name)
@@ -133,7 +135,7 @@ def test_rounds_end_where_the_score_falls(tmp_path):
     made = glue_bag_of_tricks(shop, transductive=True, rounds=3)
     assert [stage for stage, _, _ in shop.trained] == ["teacher-1", "round-1-1", "round-2-1"]
     assert made.metrics["steps"] == 2
-    assert "Round 2 lowered the accuracy on data.select, so the model is that of round 1." in made.notes
+    assert "Round 2 lowered the score on data.select, so the model is that of round 1." in made.notes
     assert made.metrics[SLUG]["transductive"]["teacher_score"] == 1.0
     assert [r["score"] for r in made.metrics[SLUG]["transductive"]["rounds"]] == [1.0, 0.5]
     assert (tmp_path / "metrics.jsonl").read_text() == "round-1-1\n"

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Unit = Literal["token", "sequence", "batch"]
+# Name -> (sum, weight): plain tensors or floats, no graph.
+Metrics = dict[str, tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Batch:
     Attributes:
         inputs: what the model takes (``input_ids`` [B, T], ``attention_mask`` [B, T], ``pixel_values``, ...).
         position_N: int64, which row of the flattened hidden states ([B*T, H] or [B, H]) predicts each target.
-        target_N: int64 token ids or class indices.
+        target_N: int64 token ids or class indices; float32 where targets are numbers.
         weight_N: float32 weight of each position; 1 by default.
         sequence_N: int64, which example of the batch a position belongs to.
         row_B: int64, row numbers in the prepared data.
@@ -210,6 +212,9 @@ class Outputs(Protocol):
 
         Differentiable: logits are recomputed chunk by chunk in the backward pass, so no N x V tensor lives.
         """
+
+    def numbers(self) -> torch.Tensor:
+        """[N] predictions, where targets are numbers; ``logp_N`` is then minus the squared error and all there is."""
 
     def positionwise(self, batch: Batch, loss: Callable[[Outputs, Batch], Loss]) -> Loss:
         """``loss(outputs, part)`` summed over chunks of the batch, its gradient formed while their logits are there.

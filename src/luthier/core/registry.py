@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # Tasks whose targets are tokens of a vocabulary, so that rows need no label.
 TOKEN_TASKS = ("causal-lm", "masked-lm")
+# Tasks whose targets are numbers, so that nothing has a probability.
+NUMBER_TASKS = ("sequence-regression",)
 AXES = {
     "objective": "objectives",
     "transform": "transforms",
@@ -66,6 +68,8 @@ class Method:
         requires: fact about the recipe -> reason; without the fact it is refused.
         beside: a fact of ``requires`` -> options of that method for the contract suite, where its own do not serve.
         tasks: tasks for which it is defined; empty means all.
+        numbers: whether it is also defined where targets are numbers; most objectives, transforms and selections
+            speak of probabilities.
         paper: title, year and arXiv number, for lists and pages.
     """
 
@@ -78,6 +82,7 @@ class Method:
     requires: Mapping[str, str] = field(default_factory=dict)
     beside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tasks: tuple[str, ...] = ()
+    numbers: bool = False
     paper: str = ""
 
     @property

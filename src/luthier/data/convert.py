@@ -6,6 +6,7 @@ Values are checked as whole Arrow columns; only rows that fail a check are looke
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -122,12 +123,42 @@ def _text(columns: Columns, layout: Layout, problems: Problems) -> Arrays:
 
 
 def _classification(columns: Columns, layout: Layout, problems: Problems) -> Arrays:
+    label = _labels(columns, layout.fields["label"], problems)
+    return {
+        "kind": _constant("classification", len(columns)),
+        "text": _one_text(columns, layout, problems),
+        "label": label,
+    }
+
+
+def _regression(columns: Columns, layout: Layout, problems: Problems) -> Arrays:
+    column = layout.fields["label"]
+    values = columns.listed(column)
+    array = pa.array([_number(v) for v in values], pa.string())
+    fix = "Write numbers, such as 2.5."
+    problems.mark(array.is_null(), lambda i: (column, "the label is not a finite number", fix, values[i]))
+    return {
+        "kind": _constant("classification", len(columns)),
+        "text": _one_text(columns, layout, problems),
+        "label": array,
+    }
+
+
+def _number(value: Any) -> str | None:
+    """A number as text that gives the same number back; None when it is none."""
+    try:
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        return None
+    return repr(number) if math.isfinite(number) else None
+
+
+def _one_text(columns: Columns, layout: Layout, problems: Problems) -> Any:
     text = strings(columns, layout.fields["text"], problems)
     if "text2" in layout.fields:
         second = strings(columns, layout.fields["text2"], problems)
         text = pc.binary_join_element_wise(text, second, "\n")
-    label = _labels(columns, layout.fields["label"], problems)
-    return {"kind": _constant("classification", len(columns)), "text": text, "label": label}
+    return text
 
 
 def _label(value: Any, names: list[str] | None) -> str | None:
@@ -240,6 +271,7 @@ _CONVERTERS: Mapping[str, Callable[[Columns, Layout, Problems], Arrays]] = {
     "preference": chats.preference,
     "text": _text,
     "classification": _classification,
+    "regression": _regression,
     "tags": _tags,
     "image": _image,
 }

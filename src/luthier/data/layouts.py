@@ -59,7 +59,7 @@ TAGS = ("ner_tags", "tags", "labels", "upos", "pos_tags", "chunk_tags", "ner")
 IMAGE = ("image", "img", "picture", "image_path", "file_name")
 ID = ("id", "_id", "uid", "uuid", "idx", "example_id", "task_id")
 
-NAMES = ("pair", "alpaca", "chat", "preference", "text", "classification", "tags", "image")
+NAMES = ("pair", "alpaca", "chat", "preference", "text", "classification", "regression", "tags", "image")
 ALIASES = {
     "prompt-completion": "pair",
     "prompt/completion": "pair",
@@ -75,6 +75,7 @@ STYLES = {"lines": "lines", "paragraphs": "paragraphs", "conll": "tags", "tags":
 TASK_LAYOUTS = {
     "causal-lm": ("preference", "chat", "alpaca", "pair", "text"),
     "sequence-classification": ("classification",),
+    "sequence-regression": ("regression",),
     "token-classification": ("tags",),
     "image-classification": ("image",),
     "masked-lm": ("text", "classification"),  # of classification rows the text alone is read
@@ -213,6 +214,7 @@ _FINDERS = {
     "preference": lambda names: {"chosen": names.find("chosen", CHOSEN), "rejected": names.find("rejected", REJECTED)},
     "text": lambda names: {"text": names.find("text", TEXT)},
     "classification": _classification,
+    "regression": _classification,  # the same columns; the label is a number
     "tags": lambda names: {"tokens": names.find("tokens", TOKENS), "tags": names.find("tags", TAGS)},
     "image": lambda names: {"image": names.find("image", IMAGE), "label": names.find("label", LABEL)},
 }

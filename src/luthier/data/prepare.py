@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from luthier.core.errors import UserError, did_you_mean
-from luthier.core.registry import TOKEN_TASKS
+from luthier.core.registry import NUMBER_TASKS, TOKEN_TASKS
 from luthier.core.store import Store, content_hash
 from luthier.data.prepared_file import Schema, Writer
 from luthier.data.read import Rows, label_names, open_arrow, progress_bar, sort_labels
@@ -189,7 +189,7 @@ def prepare(
     """
     dataset = rows.dataset if isinstance(rows, Rows) else rows
     fingerprint = rows.fingerprint if isinstance(rows, Rows) else dataset_hash(rows)
-    if renderer.task in TOKEN_TASKS:
+    if renderer.task in (*TOKEN_TASKS, *NUMBER_TASKS):
         labels = []
     elif labels is None:
         labels = rows.labels if isinstance(rows, Rows) else _labels(dataset)

@@ -18,6 +18,7 @@ OF_TASK: dict[str, list[tuple[str, pa.DataType]]] = {
     "causal-lm": [("input_ids", INTS), ("spans", INTS), ("rejected_ids", INTS), ("rejected_spans", INTS)],
     "masked-lm": [("input_ids", INTS)],
     "sequence-classification": [("input_ids", INTS), ("label", pa.int32())],
+    "sequence-regression": [("input_ids", INTS), ("label", pa.float32())],
     "token-classification": [("input_ids", INTS), ("positions", INTS), ("tags", INTS)],
     "image-classification": [("image", IMAGE_TYPE), ("label", pa.int32())],
 }
@@ -74,6 +75,8 @@ class Writer:
             arrays["tags"] = [
                 [index_of[row["tags"][w]] for w in r.words] for row, r in zip(rows, rendered, strict=True)
             ]
+        elif task == "sequence-regression":
+            arrays["label"] = [float(row["label"]) for row in rows]
         elif task != "masked-lm":
             arrays["label"] = [index_of[row["label"]] for row in rows]
         if task == "image-classification":
@@ -97,7 +100,8 @@ def _key(values: tuple[Any, ...]) -> str:
     """A hash of what the model is trained on in a row: scores of a model are cached under it."""
     digest = hashlib.blake2b(digest_size=16)
     for value in values:
-        digest.update(np.asarray([] if value is None else value, dtype=np.int32).tobytes() + b"\x1e")
+        kind = np.float64 if isinstance(value, float) else np.int32
+        digest.update(np.asarray([] if value is None else value, dtype=kind).tobytes() + b"\x1e")
     return digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from luthier.core.errors import UserError, did_you_mean
-from luthier.core.registry import TOKEN_TASKS
+from luthier.core.registry import NUMBER_TASKS, TOKEN_TASKS
 from luthier.core.store import Store, content_hash
 from luthier.data.convert import convert
 from luthier.data.formats import Block
@@ -318,7 +318,7 @@ class _Reader:
             import hashlib
 
             self.ids.append(_short([hashlib.blake2b(i.encode(), digest_size=8).hexdigest() for i in ids.to_pylist()]))
-        if self.task not in TOKEN_TASKS:
+        if self.task not in (*TOKEN_TASKS, *NUMBER_TASKS):
             self.labels |= label_names(batch)
 
     def finish(self, source: str) -> None:

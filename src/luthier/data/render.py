@@ -185,7 +185,7 @@ class Renderer:
         Raises:
             UserError: a row cannot be rendered; it names file and row.
         """
-        if self.task in ("sequence-classification", "masked-lm"):
+        if self.task in ("sequence-classification", "sequence-regression", "masked-lm"):
             return [self._cut_special(e) for e in self.encoder.encode([r["text"] for r in rows], special=True)]
         if self.task == "token-classification":
             texts = [" ".join(r["tokens"]) for r in rows]

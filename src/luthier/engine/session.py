@@ -19,6 +19,7 @@ from luthier.engine.reference import ReferenceOutputs, ReferenceScores
 from luthier.engine.stack import Stack
 from luthier.tasks.base import Encoded, Task
 from luthier.tasks.causal_lm import output_scale, tied_gradient_by_rows, underlying
+from luthier.tasks.regression import NumberOutputs
 
 Decode = Callable[..., list[list[Completion]]]
 
@@ -134,6 +135,8 @@ class Session:
         """Flat outputs of an encoded batch."""
         if encoded.logits_NV is not None:
             return LogitsOutputs(encoded.logits_NV, batch.target_N, batch.sequence_N, layers=encoded.layers)
+        if encoded.number_N is not None:
+            return NumberOutputs(encoded.number_N, batch.target_N, batch.sequence_N, layers=encoded.layers)
         assert encoded.hidden_NH is not None
         head = self.head(encoded)
 
@@ -237,23 +240,15 @@ class Session:
         def measured(out: Outputs, part: Batch) -> Loss:
             loss = objective.loss(out, part, self)
             with torch.no_grad():
-                logp_N, weight_N = out.observed_logp_N, part.weight_N
-                count = weight_N.sum()
-                loss.metrics["nll"] = (-(logp_N * weight_N).sum(), count)
-                loss.metrics["mean_probability"] = ((logp_N.exp() * weight_N).sum(), count)
-                for name, flag_N in part.columns.items():
-                    if isinstance(flag_N, torch.Tensor) and flag_N.dtype == torch.bool:
-                        inside_N = weight_N * flag_N
-                        loss.metrics[f"nll_{name.removesuffix('_N')}"] = (-(logp_N * inside_N).sum(), inside_N.sum())
+                loss.metrics |= out.plain(part)
             return loss
 
         if not objective.needs.positionwise:
             return self.stack.complete(measured(self.forward(batch), batch), batch, self)
 
         def consume(encoded: Encoded) -> Loss:
-            if encoded.logits_NV is not None:
+            if encoded.hidden_NH is None:
                 return measured(self.outputs(encoded, batch, objective.needs.statistics), batch)
-            assert encoded.hidden_NH is not None
             return self.head(encoded).positionwise(
                 encoded.hidden_NH, batch, measured, statistics=objective.needs.statistics
             )

@@ -15,7 +15,7 @@ import torch
 
 from luthier.core.errors import LuthierError, UserError
 from luthier.core.protocols import Batch, Completion, Outputs, Reward
-from luthier.core.registry import TOKEN_TASKS
+from luthier.core.registry import NUMBER_TASKS, TOKEN_TASKS
 from luthier.evaluation.accumulators import (
     Accumulator,
     Calibration,
@@ -29,6 +29,7 @@ from luthier.evaluation.accumulators import (
     as_metric,
     is_entity_scheme,
 )
+from luthier.evaluation.regression import agreement
 from luthier.functional.statistics import mean, paired_bootstrap, proportion, score_mean
 
 STATISTICS = ("logp", "top1", "top1_logp", "collision")
@@ -123,6 +124,10 @@ def likelihood(
         UserError: there is nothing to evaluate, or label names are missing.
         LuthierError: a log-probability is not finite.
     """
+    if task in NUMBER_TASKS:
+        if kept is not None:
+            raise UserError(f"models are compared by tokens or classes, and the targets of {task} are numbers.")
+        return agreement(batches, forward, confidence=confidence)
     chosen = accumulators(task, labels, with_calibration=calibration) + ([] if kept is None else [kept])
     examples = positions = 0
     with torch.no_grad():

@@ -18,6 +18,7 @@ from luthier.functional.tensor_selection import block_units
 TASK_TYPES = {
     "causal-lm": "CAUSAL_LM",
     "sequence-classification": "SEQ_CLS",
+    "sequence-regression": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",
 }
 

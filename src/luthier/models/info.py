@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core.errors import UserError, did_you_mean
-from luthier.core.registry import TOKEN_TASKS
+from luthier.core.registry import NUMBER_TASKS, TOKEN_TASKS
 from luthier.core.store import cache_folder, content_hash, write_json
 from luthier.models.shards import INDEX, SINGLE, Shards
 
-TASKS = ("causal-lm", "sequence-classification", "token-classification", "image-classification", "masked-lm")
+TASKS = (
+    "causal-lm",
+    "sequence-classification",
+    "sequence-regression",
+    "token-classification",
+    "image-classification",
+    "masked-lm",
+)
 # How the architectures of transformers are named, by task.
 _SUFFIXES = {
     "ForCausalLM": "causal-lm",
@@ -213,6 +220,8 @@ def inspect(spec: str | Path, *, revision: str | None = None) -> ModelInfo:
         by_type[info.dtype] = by_type.get(info.dtype, 0) + info.numel
     stored = max(by_type, key=by_type.__getitem__, default="F32")
     task = _task(architecture)
+    if task == "sequence-classification" and config.get("problem_type") == "regression":
+        task = "sequence-regression"
 
     def size_of(*keys: str) -> int:
         value = next((config[k] for k in keys if config.get(k) is not None), 0)
@@ -243,7 +252,7 @@ def inspect(spec: str | Path, *, revision: str | None = None) -> ModelInfo:
         heads=heads,
         key_value_heads=size_of("num_key_value_heads") or heads,
         intermediate=size_of("intermediate_size", "n_inner"),
-        labels=() if task in (None, *TOKEN_TASKS) else _labels(config),
+        labels=() if task in (None, *TOKEN_TASKS, *NUMBER_TASKS) else _labels(config),
         special_tokens={k: config.get(f"{k}_token_id") for k in ("bos", "eos", "pad")},
         chat_template=bool(tokens.get("chat_template")) or (folder / "chat_template.jinja").is_file(),
         tied=bool(config.get("tie_word_embeddings", True)) and not any("lm_head" in n for n in shards.header),

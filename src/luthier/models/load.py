@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core.errors import UserError, did_you_mean, missing_extra
-from luthier.core.registry import TOKEN_TASKS
+from luthier.core.registry import NUMBER_TASKS, TOKEN_TASKS
 from luthier.core.rng import derive_seed
 from luthier.models.info import TASKS, ModelInfo, adapter_base, fingerprint, inspect, read_json, resolve
 from luthier.models.quiet import quiet
@@ -39,6 +39,10 @@ _MAPPINGS = {
         "AutoModelForSequenceClassification",
         "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     ),
+    "sequence-regression": (
+        "AutoModelForSequenceClassification",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    ),
     "token-classification": ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
     "image-classification": ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
 }
@@ -49,6 +53,8 @@ _ACCEPTED = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "attention": ("auto", "sdpa", "eager", "flash_attention_2"),
 }
+# What the one output of a regression is called in config.json.
+NUMBER_HEAD = ("value",)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _PEFT_TASKS = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "sequence-classification", "TOKEN_CLS": "token-classification"}
 
@@ -144,7 +150,7 @@ def load(
         id=str(spec),
         folder=folder,
         fingerprint=fingerprint(folder),
-        labels=() if chosen in TOKEN_TASKS else label_names(model.config),
+        labels=() if chosen in (*TOKEN_TASKS, *NUMBER_TASKS) else label_names(model.config),
         base=base,
         notes=tuple(notes),
     )
@@ -229,18 +235,25 @@ def _open(
         raise missing_extra("flash-attn", "attention: flash_attention_2", "flash-attn")
     if task in TOKEN_TASKS:
         names = ()
+    elif task in NUMBER_TASKS:
+        names = NUMBER_HEAD
     elif not names and info.task != task:
         raise UserError(f"has no head for {task}; give the class names, so that one can be made.", where=info.id)
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     # A head saved with default names (LABEL_0, ...) serves classes that are themselves called 0, 1, ...
     unnamed = {str(i) for i in range(len(read_json(folder / "config.json").get("id2label") or ()))}
-    keeps_head = not names or (info.task == task and set(names) == (set(info.labels) or unnamed))
+    keeps_head = (
+        (task in NUMBER_TASKS and info.task == task)
+        or not names
+        or (info.task == task and set(names) == (set(info.labels) or unnamed))
+    )
     if not keeps_head:
         options |= {
             "num_labels": len(names),
             "id2label": dict(enumerate(names)),
             "label2id": {name: i for i, name in enumerate(names)},
             "ignore_mismatched_sizes": True,
+            "problem_type": "regression" if task in NUMBER_TASKS else None,
         }
     # Weights the checkpoint lacks are drawn here; the caller's random state stays as it was.
     with torch.random.fork_rng(devices=[]):
@@ -259,10 +272,15 @@ def _open(
         _check_weights(model, loading, info, keeps_head, notes)
         if not keeps_head:
             new_head(model)
-            notes.append(f"a new {task} head for {len(names)} classes was drawn at random")
+            made = "one number" if task in NUMBER_TASKS else f"{len(names)} classes"
+            notes.append(f"a new {task} head for {made} was drawn at random")
         elif names and info.labels:
             reorder_labels(model, names)
-    if task == "sequence-classification" and info.vocabulary and model.config.pad_token_id is None:
+    if (
+        task in ("sequence-classification", "sequence-regression")
+        and info.vocabulary
+        and model.config.pad_token_id is None
+    ):
         # transformers looks for the last token that is not padding, by id.
         eos = model.config.eos_token_id
         model.config.pad_token_id = eos[0] if isinstance(eos, list) else eos

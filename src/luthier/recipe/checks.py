@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import UserError, did_you_mean, missing_extra
 from luthier.core.lazy import deferred
+from luthier.core.registry import NUMBER_TASKS
 from luthier.recipe.problems import RecipeError, key_text
 from luthier.recipe.schema import KeyPath, Recipe
 
@@ -70,6 +71,13 @@ def tasks(made: Plan) -> None:
             raise UserError(
                 f"{choice.key}: '{choice.slug}' is not defined for the task {made.task}, only for "
                 f"{', '.join(tasks)}. Choose another method, or set model.task.",
+                where=choice.place,
+            )
+        of_targets = choice.method.axis in ("objective", "transform", "selection")
+        if made.task in NUMBER_TASKS and of_targets and not choice.method.numbers:
+            raise UserError(
+                f"{choice.key}: '{choice.slug}' is about probabilities of tokens or classes, and the targets of "
+                f"{made.task} are numbers, which have none. Choose another method, such as sft, or another model.task.",
                 where=choice.place,
             )
         if needs and needs.generation and made.task != "causal-lm":

@@ -14,7 +14,14 @@ from pydantic_core import PydanticCustomError
 
 VERSION = 1
 
-Task = Literal["causal-lm", "sequence-classification", "token-classification", "image-classification", "masked-lm"]
+Task = Literal[
+    "causal-lm",
+    "sequence-classification",
+    "sequence-regression",
+    "token-classification",
+    "image-classification",
+    "masked-lm",
+]
 TASKS: tuple[str, ...] = get_args(Task)
 
 KeyPath = tuple[str | int, ...]

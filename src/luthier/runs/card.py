@@ -20,6 +20,7 @@ _PIPELINES = {
     "causal-lm": "text-generation",
     "masked-lm": "fill-mask",
     "sequence-classification": "text-classification",
+    "sequence-regression": "text-classification",
     "token-classification": "token-classification",
     "image-classification": "image-classification",
 }
@@ -27,6 +28,7 @@ _CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
     "masked-lm": "AutoModelForMaskedLM",
     "sequence-classification": "AutoModelForSequenceClassification",
+    "sequence-regression": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
     "image-classification": "AutoModelForImageClassification",
 }

@@ -14,7 +14,7 @@ import numpy as np
 
 from luthier.core import registry, rng
 from luthier.core.protocols import Artefact, Completion
-from luthier.core.registry import TOKEN_TASKS
+from luthier.core.registry import NUMBER_TASKS, TOKEN_TASKS
 from luthier.core.store import write_json
 from luthier.data.prepare import prepare
 from luthier.data.read import read
@@ -225,7 +225,9 @@ class Workshop:
         base = self.loaded.model if fresh else copy.deepcopy(self.loaded.model if start is None else start.model)
         self.untouched = self.untouched and not fresh
         model: Any = base.to(self.processes.device)
-        from_base = DivergenceFromBase(self.session(model), source.prepared)
+        from_base = None  # numbers have no divergence
+        if self.plan.task not in NUMBER_TASKS:
+            from_base = DivergenceFromBase(self.session(model), source.prepared)
         context = Setup(
             seed=seed,
             task=self.plan.task,
@@ -318,7 +320,7 @@ class Workshop:
         return self.measure(self.session(model))
 
     def predict(self, prepared: Any, model: Any = None) -> np.ndarray:
-        """Logits [N, C] of a classifier over every supervised position of prepared rows, in their order."""
+        """Logits [N, C] of all supervised positions of prepared rows, in their order; numbers [N] of a regression."""
         session = self.session(model if model is not None else self.loaded.model)
         session.model.eval()
         found: list[Any] = []
@@ -331,7 +333,11 @@ class Workshop:
         for start in range(0, len(prepared), size):
             index_B = np.arange(start, min(start + size, len(prepared)))
             batch = session.task.collate(prepared.fetch(index_B), index_B)
-            session.evaluate_batch(batch, ()).over_vocabulary(keep)
+            out = session.evaluate_batch(batch, ())
+            if self.plan.task in NUMBER_TASKS:
+                found.append(out.numbers().float().cpu().numpy())
+            else:
+                out.over_vocabulary(keep)
         return np.concatenate(found)
 
     # The calls below keep what they found by the content of all that decides it (:mod:`luthier.runs.procedure`).

@@ -7,11 +7,13 @@ from luthier.tasks.base import Encoded, Task
 from luthier.tasks.causal_lm import CausalLM
 from luthier.tasks.classification import ImageClassification, SequenceClassification, TokenClassification
 from luthier.tasks.masked_lm import MaskedLM
+from luthier.tasks.regression import SequenceRegression
 
 TASKS: dict[str, type[Task]] = {
     "causal-lm": CausalLM,
     "masked-lm": MaskedLM,
     "sequence-classification": SequenceClassification,
+    "sequence-regression": SequenceRegression,
     "token-classification": TokenClassification,
     "image-classification": ImageClassification,
 }

@@ -26,6 +26,7 @@ class Encoded:
         scale: a factor on the logits.
         softcap: logits become ``softcap * tanh(logits / softcap)``; None for no cap.
         logits_NV: finished logits where classes are few; the fields above are then unset.
+        number_N: predicted numbers, where targets are numbers; all fields above are then unset.
         layers: the hidden states of a layer at the supervised positions, where they were asked for.
         exits: those after block n (1 is the first) as the head takes them, that is after the final norm.
     """
@@ -36,12 +37,13 @@ class Encoded:
     scale: float = 1.0
     softcap: float | None = None
     logits_NV: torch.Tensor | None = None
+    number_N: torch.Tensor | None = None
     layers: Callable[[int], torch.Tensor] | None = None
     exits: Callable[[int], torch.Tensor] | None = None
 
     def at(self, index_C: torch.Tensor) -> Encoded:
         """The same at some of the N positions (without other layers and exits)."""
-        cut = {k: v[index_C] for k in ("hidden_NH", "logits_NV") if (v := getattr(self, k)) is not None}
+        cut = {k: v[index_C] for k in ("hidden_NH", "logits_NV", "number_N") if (v := getattr(self, k)) is not None}
         return replace(self, layers=None, exits=None, **cut)
 
 

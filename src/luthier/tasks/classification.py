@@ -13,7 +13,7 @@ from luthier.core.protocols import Batch
 from luthier.tasks.base import ROW_WEIGHT, Encoded, carried, pad, row_weights
 
 
-def _pooled(state: torch.Tensor, batch: Batch) -> torch.Tensor:
+def pooled(state: torch.Tensor, batch: Batch) -> torch.Tensor:
     """One vector per example: the mean of a layer over its real tokens (or patches)."""
     mask = batch.inputs.get("attention_mask")
     if mask is None or mask.shape != state.shape[:2]:
@@ -31,8 +31,11 @@ class _PerExample:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
+    def _targets(self, labels: Any) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(labels), dtype=torch.long)
+
     def _batch(self, inputs: dict[str, torch.Tensor], rows: Mapping[str, Any], index_B: Any, columns: Any) -> Batch:
-        target_N = torch.as_tensor(np.asarray(rows["label"]), dtype=torch.long)
+        target_N = self._targets(rows["label"])
         return Batch(
             inputs=inputs,
             position_N=torch.arange(target_N.numel()),
@@ -47,7 +50,7 @@ class _PerExample:
     def encode(self, model: torch.nn.Module, batch: Batch, *, hidden: bool = False) -> Encoded:
         """The model's own logits, one row per example."""
         out = model(**batch.inputs, output_hidden_states=hidden)
-        layers = (lambda index: _pooled(out.hidden_states[index], batch)) if hidden else None
+        layers = (lambda index: pooled(out.hidden_states[index], batch)) if hidden else None
         return Encoded(logits_NV=out.logits, layers=layers)
 
 

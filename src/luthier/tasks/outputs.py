@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from luthier.core.errors import LuthierError
-from luthier.core.protocols import Batch, Loss
+from luthier.core.protocols import Batch, Loss, Metrics
 
 OverVocabulary = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -40,6 +40,34 @@ class Statistics:
     def statistic(self, name: str) -> torch.Tensor:
         """[N], one of ``STATISTICS``."""
         raise NotImplementedError
+
+    def plain(self, batch: Batch) -> Metrics:
+        """What is logged beside any loss: plain NLL (also of groups of positions that a transform names) and mean p."""
+        logp_N, weight_N = self.observed_logp_N, batch.weight_N
+        count = weight_N.sum()
+        found: Metrics = {
+            "nll": (-(logp_N * weight_N).sum(), count),
+            "mean_probability": ((logp_N.exp() * weight_N).sum(), count),
+        }
+        for name, flag_N in batch.columns.items():
+            if isinstance(flag_N, torch.Tensor) and flag_N.dtype == torch.bool:
+                inside_N = weight_N * flag_N
+                found[f"nll_{name.removesuffix('_N')}"] = (-(logp_N * inside_N).sum(), inside_N.sum())
+        return found
+
+    def numbers(self) -> torch.Tensor:
+        """Predicted numbers; classes and tokens have none.
+
+        Raises:
+            LuthierError: always here.
+        """
+        self.refuse("numbers")
+        raise AssertionError
+
+    @staticmethod
+    def refuse(what: str) -> None:
+        """Raise for what outputs of this kind do not have."""
+        raise LuthierError(f"the outputs of this task have no '{what}'; the method is not defined for it.")
 
     def positionwise(self, batch: Batch, loss: Callable[[Any, Batch], Loss]) -> Loss:
         """The loss with its gradient formed chunk by chunk, where there is a head to form it in."""

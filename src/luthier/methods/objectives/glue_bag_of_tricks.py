@@ -2,6 +2,7 @@
 
     loss  = L(f(e)) + lambda * D(f(e), f(e'))          e' = e + s(e) delta
     D     = KL(p | p') + KL(p' | p)                    over the classes (or the vocabulary), at each supervised position
+    D     = (f - f')^2                                 where the model predicts a number; L is then the squared error
     delta <- project(delta + step * g / ||g||),  g = d D(sg f(e), f(e')) / d delta,  from delta ~ N(0, sigma^2)
 
 ``e`` [B, T, D] are the word embeddings, ``s(e)`` the standard deviation of each over D, so that delta perturbs
@@ -15,7 +16,8 @@ row, so neither accumulation nor the number of processes changes it. Variants::
     fgm      g is the gradient of L, and L(f(e')) stands in place of D (FGM; with several steps as in FreeAT)
 
 Rows of a classification may carry what the procedure of the same name writes: ``glue_target`` (class probabilities in
-place of the label), ``glue_weight`` (a factor on L), ``glue_pseudo`` (true: the factor rises over ``pseudo_ramp``).
+place of the label; in a regression a number), ``glue_weight`` (a factor on L), ``glue_pseudo`` (true: the factor rises
+over ``pseudo_ramp``).
 
 Paper: "Bag of Tricks for Effective Language Model Pretraining and Downstream Adaptation: A Case Study on GLUE", 2023,
 arXiv 2302.09268. It has no code and gives few details: the forms are those of the methods it names, the numbers are
@@ -38,8 +40,15 @@ from pydantic import Field
 
 from luthier.core.errors import LuthierError, UserError
 from luthier.core.protocols import Batch, Context, Loss, Needs, Outputs
-from luthier.core.registry import objective
-from luthier.functional.adversarial import ascend, embedding_scale, length, project, symmetric_divergence
+from luthier.core.registry import NUMBER_TASKS, objective
+from luthier.functional.adversarial import (
+    ascend,
+    embedding_scale,
+    length,
+    project,
+    squared_difference,
+    symmetric_divergence,
+)
 from luthier.functional.chunked_projection import product_type
 from luthier.functional.exits import transformers_model
 from luthier.functional.pseudo_labels import PSEUDO, TARGET, WEIGHT, ramp
@@ -70,7 +79,8 @@ class Seen:
     "glue-bag-of-tricks",
     identity={"adversarial_weight": 0.0},
     example={"adversarial_weight": 1.0, "step_size": 0.5},
-    tasks=("causal-lm", "sequence-classification", "token-classification"),
+    tasks=("causal-lm", "sequence-classification", "sequence-regression", "token-classification"),
+    numbers=True,
     conflicts={
         "objective:label-smoothing": "targets that are class probabilities already spread the label out",
         "sharding:fsdp2": "gradients of sharded weights cannot be formed outside the backward pass of the engine",
@@ -139,13 +149,11 @@ class AdversarialFineTuning:
         """Find the word embeddings and watch them.
 
         Raises:
-            UserError: the model has none, has two stacks, or predicts numbers.
+            UserError: the model has none, or has two stacks.
         """
-        config = getattr(transformers_model(ctx.model), "config", None)
-        if getattr(config, "problem_type", None) == "regression":
-            raise UserError(f"{SLUG}: the labels of this model are numbers, and only classes are supported so far.")
         if self.adversarial_weight == 0:
             return
+        config = getattr(transformers_model(ctx.model), "config", None)
         name = type(transformers_model(ctx.model)).__name__
         if getattr(config, "is_encoder_decoder", False):
             raise UserError(f"{SLUG}: {name} is an encoder-decoder, which reads words in two places; use one stack.")
@@ -220,7 +228,7 @@ class AdversarialFineTuning:
         return Loss(sum=task + self.adversarial_weight * extra, weight=weight, metrics=metrics)
 
     def _perturbation(
-        self, clean: LogitsAt, seen: Seen, batch: Batch, ctx: Context
+        self, clean: LogitsAt | torch.Tensor, seen: Seen, batch: Batch, ctx: Context
     ) -> tuple[torch.Tensor | None, dict[str, tuple[Any, Any]]]:
         """The perturbation [B, T, D] after the ascent, as a constant, and what is logged about it."""
         metrics: dict[str, tuple[Any, Any]] = {}
@@ -289,6 +297,10 @@ def task_loss(out: Outputs, batch: Batch, ctx: Context, pseudo_ramp: float) -> t
         weight_N = weight_N * torch.tensor(factor_B, device=weight_N.device).to(weight_N)[batch.sequence_N]
     if targets is None:
         return -(out.logp_N * weight_N).sum()
+    if ctx.task.name in NUMBER_TASKS:
+        known = [y if given is None else given for given, y in zip(targets, batch.target_N.tolist(), strict=True)]
+        number_N = out.numbers()
+        return ((number_N - torch.tensor(known, dtype=torch.float64).to(number_N)).square() * weight_N).sum()
     if batch.target_N.numel() != batch.examples:
         raise UserError(f"{SLUG}: {TARGET} is for one class per row, and rows of {ctx.task.name} have many targets.")
 
@@ -312,11 +324,14 @@ def _given(batch: Batch, name: str) -> list[Any] | None:
     return None if values is None or all(v is None for v in values) else list(values)
 
 
-def clean_logits(out: Outputs, ctx: Context) -> LogitsAt:
+def clean_logits(out: Outputs, ctx: Context) -> LogitsAt | torch.Tensor:
     """``at(index_C) -> [C, V]``, the logits of finished outputs at some positions, with their graph.
 
-    Those over a vocabulary are computed again where they are asked for, so that [N, V] never lives.
+    Predicted numbers [N] are given as they are. Logits over a vocabulary are computed again where they are asked for,
+    so that [N, V] never lives.
     """
+    if ctx.task.name in NUMBER_TASKS:
+        return out.numbers()
     if ctx.task.name != "causal-lm":
         logits_NC = out.over_vocabulary(lambda logits_CV, index_C: logits_CV)
         return lambda index_C: logits_NC[index_C]
@@ -335,8 +350,10 @@ def clean_logits(out: Outputs, ctx: Context) -> LogitsAt:
     return at
 
 
-def divergence(moved: Outputs, clean: LogitsAt, detach: bool) -> torch.Tensor:
+def divergence(moved: Outputs, clean: LogitsAt | torch.Tensor, detach: bool) -> torch.Tensor:
     """D [N] of perturbed outputs from clean ones."""
+    if not callable(clean):
+        return squared_difference(clean.detach() if detach else clean, moved.numbers())
 
     def of_chunk(logits_CV: torch.Tensor, index_C: torch.Tensor) -> torch.Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):

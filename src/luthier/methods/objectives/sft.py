@@ -3,7 +3,8 @@
     loss = sum_n w_n * (-log p(y_n)) / sum_n w_n
 
 ``logp_N`` [N] log-probability of each target, ``weight_N`` [N] position weights (1 unless a transform or a selector set
-them). This is the reference every other method is compared with, and what each becomes at its identity setting.
+them). This is the reference every other method is compared with, and what each becomes at its identity setting. Where
+targets are numbers, ``-log p`` is the squared error.
 
 Example::
 
@@ -23,7 +24,7 @@ def negative_log_likelihood(logp_N: torch.Tensor, weight_N: torch.Tensor) -> tor
     return -(logp_N * weight_N).sum()
 
 
-@objective("sft", identity={})
+@objective("sft", identity={}, numbers=True)
 class SupervisedFineTuning:
     """Plain supervised fine-tuning: minimise the negative log-likelihood of the targets."""
 

@@ -21,6 +21,10 @@ rho N / N_p, which rises from 0 (the objective's ``pseudo_ramp``). Every inner t
 parameters and training section, and lies in ``stages/``. The objective must be the one of the same name, since it reads
 targets and factors; with ``adversarial_weight: 0`` it adds nothing of its own.
 
+Where labels are numbers (sequence-regression), y~ = (1 - a) y + a f(x) with a = a_max min(1, |f - y| / (3 sd)), sd that
+of the out-of-fold errors, without T, drop and down_weight; and a test input is kept whose predictions by the teachers
+(two or more) have a standard deviation of at most ``largest_deviation``; its target is their mean.
+
 Labels of ``data.select`` are used to end rounds (of more than one) and for the last temperature, and for nothing else.
 
 Paper: "Bag of Tricks for Effective Language Model Pretraining and Downstream Adaptation: A Case Study on GLUE", 2023,
@@ -36,8 +40,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -45,11 +50,11 @@ from pydantic import Field
 
 from luthier.core.errors import UserError
 from luthier.core.protocols import Artefact
-from luthier.core.registry import procedure
+from luthier.core.registry import NUMBER_TASKS, procedure
 from luthier.core.rng import derive_seed, numpy_stream
 from luthier.core.store import write_json
 from luthier.functional.calibration import expected_calibration_error
-from luthier.functional.label_calibration import calibrated_targets, disagreement, folds
+from luthier.functional.label_calibration import calibrated_numbers, calibrated_targets, disagreement, folds
 from luthier.functional.pseudo_labels import PSEUDO, TARGET, WEIGHT, confident
 from luthier.functional.rows import prepared_rows, replaced, with_columns
 from luthier.functional.temperature import fit_temperature, log_softmax
@@ -68,12 +73,12 @@ class Labelled:
 
     Attributes:
         rows: canonical rows.
-        targets: class probabilities in place of the label; None where the label stands as it is.
+        targets: class probabilities (or a number) in place of the label; None where the label stands as it is.
         weights: [N] the row's factor.
     """
 
     rows: Any
-    targets: list[list[float] | None]
+    targets: list[Any]
     weights: np.ndarray
 
 
@@ -81,7 +86,7 @@ class Labelled:
     "glue-bag-of-tricks",
     identity={},
     example={"self_calibrated": True, "transductive": True, "folds": 2},
-    tasks=("sequence-classification",),
+    tasks=("sequence-classification", "sequence-regression"),
     conflicts={"weighted_sum": "only the objective of the same name reads the targets and factors of its rows"},
     requires={
         "objective:glue-bag-of-tricks": "it reads the targets and factors of the rows (and no more than that with "
@@ -105,6 +110,9 @@ def glue_bag_of_tricks(
         bool, Field(description="learn from the inputs of data.test with predicted labels; the run says so")
     ] = False,
     threshold: Annotated[float, Field(ge=0, le=1, description="least probability of a pseudo-label")] = 0.9,
+    largest_deviation: Annotated[
+        float, Field(ge=0, description="regression: of the teachers' predictions, most that a pseudo-label may have")
+    ] = 0.05,
     class_share: Annotated[
         float, Field(gt=0, le=1, description="of the predictions of a class at most this share, the most confident")
     ] = 1.0,
@@ -119,20 +127,27 @@ def glue_bag_of_tricks(
 ) -> Artefact:
     """Train a classifier on labels that its own folds have corrected, and on test inputs with predicted labels."""
     transductive = transductive and pseudo_weight > 0
-    check(ctx, transductive)
+    check(ctx, transductive, teachers)
+    numbers = ctx.plan.task in NUMBER_TASKS
     record: dict[str, Any] = {}
     rows = prepared_rows(ctx.data.train)
     refuse_columns(rows)
     labelled = Labelled(rows, [None] * len(rows), np.ones(len(rows)))
     if self_calibrated and not (mode == "soft_targets" and largest_share == 0):
-        labelled, record["self_calibration"] = calibrate(ctx, rows, folds, largest_share, mode)
+        if numbers and mode != "soft_targets":
+            raise UserError(f"{SLUG}: mode: {mode} goes by the probability of the label, and labels here are numbers.")
+        corrected = calibrate_numbers(ctx, rows, folds, largest_share) if numbers else None
+        labelled, record["self_calibration"] = corrected or calibrate(ctx, rows, folds, largest_share, mode)
     if transductive:
-        made, record["transductive"] = rounds_of_pseudo_labels(
-            ctx, labelled, threshold, class_share, targets == "soft", pseudo_weight, rounds, teachers
+        guess = (
+            partial(guessed_numbers, largest_deviation=largest_deviation)
+            if numbers
+            else partial(guessed_classes, ctx.data.labels, threshold, class_share, targets == "soft")
         )
+        made, record["transductive"] = rounds_of_pseudo_labels(ctx, labelled, guess, pseudo_weight, rounds, teachers)
     else:
         made = ctx.train(labelled_source(ctx, labelled))
-    if self_calibrated and ctx.data.select is not None:
+    if self_calibrated and ctx.data.select is not None and not numbers:
         record["temperature"] = final_temperature(ctx, made.model)
     if ctx.processes.main:
         if record:
@@ -145,12 +160,14 @@ def glue_bag_of_tricks(
     return replace(made, folder=ctx.folder, metrics={**made.metrics, SLUG: record}, notes=(*made.notes, *notes(record)))
 
 
-def check(ctx: Any, transductive: bool) -> None:
+def check(ctx: Any, transductive: bool, teachers: int) -> None:
     """Refuse what cannot work before anything is trained.
 
     Raises:
-        UserError: no test inputs, or test labels that would decide when training stops.
+        UserError: no test inputs, test labels that would decide when training stops, or one teacher of numbers.
     """
+    if transductive and ctx.plan.task in NUMBER_TASKS and teachers < 2:
+        raise UserError(f"{SLUG}: how sure a predicted number is tells the spread of several models: set teachers: 2.")
     if transductive and ctx.data.test is None:
         raise UserError(f"{SLUG} with transductive: true learns from the inputs of data.test; name some.", where="data")
     if transductive and ctx.data.select is None and ctx.plan.recipe.training.early_stopping is not None:
@@ -215,19 +232,39 @@ def calibrate(ctx: Any, rows: Any, k: int, largest_share: float, mode: Mode) -> 
     return Labelled(rows.select(kept), [targets[i] for i in kept], weights_N[kept_N]), found
 
 
+def calibrate_numbers(ctx: Any, rows: Any, k: int, largest_share: float) -> tuple[Labelled, dict[str, Any]]:
+    """The same where labels are numbers: each is drawn to its prediction the more, the larger the error.
+
+    Raises:
+        UserError: fewer different texts than folds.
+    """
+    label_N = np.array([float(text) for text in rows["label"]])
+    predicted_N = out_of_fold(ctx, rows, k)
+    targets_N = calibrated_numbers(predicted_N, label_N, largest_share)
+    found = {
+        "rows": len(rows),
+        "out_of_fold_error": float(np.square(predicted_N - label_N).mean()),
+        "mean_correction": float(np.abs(targets_N - label_N).mean()),
+    }
+    return Labelled(rows, targets_N.tolist(), np.ones(len(rows))), found
+
+
 def out_of_fold(ctx: Any, rows: Any, k: int) -> np.ndarray:
-    """Logits [N, C] of each row by a model that was trained without it and without every row of the same text."""
+    """Predictions (logits [N, C] or numbers [N]) of each row by a model trained without all rows of its text."""
     try:
         fold_N = folds(rows["text"], k, numpy_stream(ctx.seed, "data", SLUG))
     except ValueError as error:
         raise UserError(f"{SLUG}: {error}. Lower `folds`, or add rows.", where="data.train") from error
-    logits_NC = np.empty((len(rows), len(ctx.data.labels)))
+    found: np.ndarray | None = None
     for number in range(k):
         inside, outside = np.flatnonzero(fold_N == number), np.flatnonzero(fold_N != number)
         made = ctx.train(ctx.source(rows.select(outside), f"without fold {number + 1}"), stage=f"fold-{number + 1}")
         held_out = ctx.source(rows.select(inside), f"fold {number + 1}")
-        logits_NC[inside] = ctx.predict(held_out.prepared, made.model)
-    return logits_NC
+        predicted = ctx.predict(held_out.prepared, made.model)
+        found = np.empty((len(rows), *predicted.shape[1:])) if found is None else found
+        found[inside] = predicted
+    assert found is not None
+    return found
 
 
 def labels_of(ctx: Any, rows: Any) -> np.ndarray:
@@ -252,15 +289,44 @@ def final_temperature(ctx: Any, model: Any) -> dict[str, float]:
 # -- transductive fine-tuning
 
 
+@dataclass(frozen=True)
+class Guess:
+    """Pseudo-labels.
+
+    Attributes:
+        kept: numbers of the rows that have one.
+        labels: the label of each kept row.
+        targets: class probabilities in its place, or None.
+        told: what is known about them, for the record.
+    """
+
+    kept: np.ndarray
+    labels: list[str]
+    targets: list[Any]
+    told: dict[str, Any]
+
+
+def guessed_classes(
+    labels: Sequence[str], threshold: float, class_share: float, soft: bool, predicted_MNC: np.ndarray
+) -> Guess:
+    """The classes of which the mean prediction of M models is certain enough."""
+    p_NC = np.exp([log_softmax(logits_NC) for logits_NC in predicted_MNC]).mean(0)
+    kept = confident(p_NC, threshold, class_share)
+    class_K = p_NC[kept].argmax(-1)
+    told = {"classes": histogram(labels, class_K), "highest": float(p_NC.max())}
+    return Guess(kept, [labels[c] for c in class_K], [p.tolist() if soft else None for p in p_NC[kept]], told)
+
+
+def guessed_numbers(predicted_MN: np.ndarray, *, largest_deviation: float) -> Guess:
+    """The mean predictions about which M models agree."""
+    mean_N, deviation_N = predicted_MN.mean(0), predicted_MN.std(0)
+    kept = np.flatnonzero(deviation_N <= largest_deviation)
+    labels = [repr(float(number)) for number in mean_N[kept]]
+    return Guess(kept, labels, [None] * len(kept), {"lowest_deviation": float(deviation_N.min())})
+
+
 def rounds_of_pseudo_labels(
-    ctx: Any,
-    labelled: Labelled,
-    threshold: float,
-    class_share: float,
-    soft: bool,
-    pseudo_weight: float,
-    rounds: int,
-    teachers: int,
+    ctx: Any, labelled: Labelled, guess: Callable[[np.ndarray], Guess], pseudo_weight: float, rounds: int, teachers: int
 ) -> tuple[Artefact, dict[str, Any]]:
     """The model after the last round that did not lower the score on ``data.select``, and what happened."""
     unlabelled = prepared_rows(ctx.data.test)
@@ -269,23 +335,21 @@ def rounds_of_pseudo_labels(
     models = [ctx.train(source, stage=f"teacher-{i + 1}", seed=seed) for i, seed in enumerate(seeds)]
     # One round needs no stopping, so that then no label of data.select decides anything.
     watched = rounds > 1 and ctx.data.select is not None
-    made, score = models[0], accuracy(ctx, models[0].model) if watched else None
+    made, score = models[0], goodness(ctx, models[0].model) if watched else None
     found: dict[str, Any] = {"inputs": len(unlabelled), "teacher_score": score, "rounds": [], "model": "teacher-1"}
     for number in range(1, rounds + 1):
-        p_NC = np.mean([np.exp(log_softmax(ctx.predict(ctx.data.test.prepared, m.model))) for m in models], axis=0)
-        kept = confident(p_NC, threshold, class_share)
-        told = histogram(ctx.data.labels, p_NC[kept].argmax(-1))
-        found["rounds"].append({"kept": len(kept), "classes": told, "highest": float(p_NC.max())})
-        if len(kept) == 0:
+        guessed = guess(np.stack([ctx.predict(ctx.data.test.prepared, m.model) for m in models]))
+        found["rounds"].append({"kept": len(guessed.kept), **guessed.told})
+        if len(guessed.kept) == 0:
             break
-        source = ctx.source(both(ctx, labelled, unlabelled, p_NC, kept, soft, pseudo_weight), f"round {number}")
+        source = ctx.source(both(labelled, unlabelled, guessed, pseudo_weight), f"round {number}")
         last = number == rounds
         models = [
             ctx.train(source, stage=None if last else f"round-{number}-{i + 1}", seed=seed)
             for i, seed in enumerate(seeds[:1] if last else seeds)
         ]
         if watched:
-            before, score = score, accuracy(ctx, models[0].model)
+            before, score = score, goodness(ctx, models[0].model)
             found["rounds"][-1]["score"] = score
             if before is not None and score < before:
                 break
@@ -293,16 +357,14 @@ def rounds_of_pseudo_labels(
     return made, found
 
 
-def both(
-    ctx: Any, labelled: Labelled, unlabelled: Any, p_NC: np.ndarray, kept: np.ndarray, soft: bool, pseudo_weight: float
-) -> Any:
+def both(labelled: Labelled, unlabelled: Any, guess: Guess, pseudo_weight: float) -> Any:
     """Labelled and pseudo-labelled rows, each set weighted so that its loss is a mean over it.
 
     Of a pseudo-labelled row only what the model reads is taken over: its further columns may tell the label.
     """
     from datasets import concatenate_datasets
 
-    count = len(labelled.rows) + len(kept)
+    count = len(labelled.rows) + len(guess.kept)
     known = with_columns(
         labelled.rows,
         [
@@ -310,18 +372,19 @@ def both(
             for target, weight in zip(labelled.targets, labelled.weights, strict=True)
         ],
     )
-    weight = pseudo_weight * count / len(kept)
-    extra = [{TARGET: p.tolist() if soft else None, WEIGHT: weight, PSEUDO: True} for p in p_NC[kept]]
-    names = [ctx.data.labels[c] for c in p_NC[kept].argmax(-1)]
-    rows = unlabelled.select(kept.tolist())
-    guessed = replaced(rows, label=names, extra=[json.dumps(e) for e in extra])
+    weight = pseudo_weight * count / len(guess.kept)
+    extra = [{TARGET: target, WEIGHT: weight, PSEUDO: True} for target in guess.targets]
+    rows = unlabelled.select(guess.kept.tolist())
+    guessed = replaced(rows, label=guess.labels, extra=[json.dumps(e) for e in extra])
     return concatenate_datasets([known, guessed])
 
 
-def accuracy(ctx: Any, model: Any) -> float:
-    """Share of the rows of ``data.select`` that the model gets right."""
+def goodness(ctx: Any, model: Any) -> float:
+    """Share of the rows of ``data.select`` that the model gets right; of a regression minus the squared error."""
     prepared = ctx.data.select.prepared
     label_N = np.asarray(prepared.fetch(range(len(prepared)))["label"])
+    if ctx.plan.task in NUMBER_TASKS:
+        return -float(np.square(ctx.predict(prepared, model) - label_N).mean())
     return float((ctx.predict(prepared, model).argmax(-1) == label_N).mean())
 
 
@@ -350,20 +413,26 @@ def notes(record: dict[str, Any]) -> tuple[str, ...]:
     said = []
     if found := record.get("transductive"):
         last = found["rounds"][-1]
-        classes = ", ".join(f"{name} {count}" for name, count in last["classes"].items())
+        classes = ", ".join(f"{name} {count}" for name, count in last.get("classes", {}).items())
         said.append(
             f"transductive: yes. The inputs of data.test (not its labels) were used to train: {last['kept']} of "
-            f"{found['inputs']} had a pseudo-label in round {len(found['rounds'])} ({classes}). Numbers measured on it "
-            "are not those of unseen inputs."
+            f"{found['inputs']} had a pseudo-label in round {len(found['rounds'])}"
+            + (f" ({classes})" if classes else "")
+            + ". Numbers measured on it are not those of unseen inputs."
         )
-        if last["kept"] == 0:
+        if last["kept"] == 0 and "lowest_deviation" in last:
+            said.append(
+                f"The teachers agreed on no prediction of round {len(found['rounds'])} (the smallest deviation was "
+                f"{last['lowest_deviation']:.3g}), so the model is that of {found['model']}; raise `largest_deviation`."
+            )
+        elif last["kept"] == 0:
             said.append(
                 f"No prediction of round {len(found['rounds'])} was certain enough (the highest was "
                 f"{last['highest']:.2f}), so the model is that of {found['model']}; lower `threshold`."
             )
         elif found["model"] != f"round {len(found['rounds'])}":
             said.append(
-                f"Round {len(found['rounds'])} lowered the accuracy on data.select, so the model is that of "
+                f"Round {len(found['rounds'])} lowered the score on data.select, so the model is that of "
                 f"{found['model']}."
             )
     if found := record.get("temperature"):

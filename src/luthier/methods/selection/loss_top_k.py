@@ -35,6 +35,7 @@ def highest(loss_B: torch.Tensor, keep: float) -> torch.Tensor:
 
 @selection(
     "loss-top-k",
+    numbers=True,
     identity={"keep": 1.0, "oversample": 1},
     example={"keep": 0.5, "oversample": 2},
 )
