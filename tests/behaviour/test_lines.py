@@ -56,7 +56,10 @@ def one(seed, steps=700, tuning=300):
         tables = {}
         for rule in rules:
             table = {alpha: measure(made(base, fine, alpha, RULES[rule]), target, VALIDATION) for alpha in GRID}
-            score = {a: 2 * r["target"] / max(tuned_target, 1e-12) + r["control"] / max(base_control, 1e-12) for a, r in table.items()}
+            score = {
+                a: 2 * r["target"] / max(tuned_target, 1e-12) + r["control"] / max(base_control, 1e-12)
+                for a, r in table.items()
+            }
             chosen = max(GRID, key=lambda a: score[a])  # the grid begins at 1, and max takes the first of equals
             arms[rule] = {"alpha": chosen, **measure(made(base, fine, chosen, RULES[rule]), target, TEST)}
             tables[rule] = {str(a): r for a, r in table.items()}

@@ -223,7 +223,7 @@ def test_operations_that_need_rows_say_so_before_training(models):
     recipe = {"model": str(models["base"]), "data": {"train": ROWS, "test": None, "keep": "none"}, "output": "run"}
     with pytest.raises(UserError, match="'lines' chooses by a score on held-out rows, and there are none"):
         luthier.tune(recipe, weights=["lines"])
-    with pytest.raises(UserError, match="--rows recipe.yaml"):
+    with pytest.raises(UserError, match=r"--rows recipe\.yaml"):
         luthier.merge(models["a"], "out", op="lines", base=models["base"])
     assert not Path("out").exists()
 
@@ -252,7 +252,10 @@ def test_tensors_that_differ_are_named(models):
 
 def test_configurations_and_tokenizers_that_differ_are_named(models):
     a = models["a"]
-    refused("other/config.json: .* has num_attention_heads: 2 and 'other' has 4", [a, write(Path("other"), 2, num_attention_heads=4)])  # noqa: E501
+    refused(
+        "other/config.json: .* has num_attention_heads: 2 and 'other' has 4",
+        [a, write(Path("other"), 2, num_attention_heads=4)],
+    )
     other = changed(models["b"], Path("words"), lambda t: None)
     content = json.loads((other / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
@@ -415,7 +418,9 @@ def test_mergekit_gives_the_same(models, peer, ours, inputs):
     from mergekit.merge import MergeOptions, run_merge
 
     method = peer["merge_method"]
-    base = {"linear": {}, "slerp": {"base_model": str(models[inputs[0]])}}.get(method, {"base_model": str(models["base"])})
+    base = {"linear": {}, "slerp": {"base_model": str(models[inputs[0]])}}.get(
+        method, {"base_model": str(models["base"])}
+    )
     listed = [{"model": str(models[n])} for n in inputs]
     config = {**peer, **base, "models": listed, "dtype": "float32"}
     run_merge(MergeConfiguration.model_validate(config), "peer", options=MergeOptions())
