@@ -93,7 +93,7 @@ def test_encoder_and_decoder_are_numbered_each():
 
 
 def test_what_has_no_depth():
-    with pytest.raises(UserError, match="no list of blocks.*blocks: model.layers"):
+    with pytest.raises(UserError, match=r"no list of blocks.*blocks: model\.layers"):
         block_lists({"a.weight": (2, 2), "b.3.weight": (2, 2)})
     with pytest.raises(UserError, match="no list of blocks"):
         block_lists(SHAPES, "model.h")

@@ -223,7 +223,7 @@ def test_operations_that_need_rows_say_so_before_training(models):
     recipe = {"model": str(models["base"]), "data": {"train": ROWS, "test": None, "keep": "none"}, "output": "run"}
     with pytest.raises(UserError, match="'lines' chooses by a score on held-out rows, and there are none"):
         luthier.tune(recipe, weights=["lines"])
-    with pytest.raises(UserError, match="--rows recipe.yaml"):
+    with pytest.raises(UserError, match=r"--rows recipe\.yaml"):
         luthier.merge(models["a"], "out", op="lines", base=models["base"])
     assert not Path("out").exists()
 

@@ -104,7 +104,7 @@ def test_what_was_not_announced_is_refused(tmp_path: Path) -> None:
     plan = layout({"a": torch.zeros(4), "b": torch.zeros(2)})
     with pytest.raises(ValueError, match="not the turn of tensor 'b'"), ShardWriter(tmp_path, plan) as writer:
         writer.write("b", torch.zeros(2))
-    with pytest.raises(ValueError, match="announced as torch.float32"), ShardWriter(tmp_path, plan) as writer:
+    with pytest.raises(ValueError, match=r"announced as torch\.float32"), ShardWriter(tmp_path, plan) as writer:
         writer.write("a", torch.zeros(4, dtype=torch.float64))
     with pytest.raises(ValueError, match="longer than announced"), ShardWriter(tmp_path, plan) as writer:
         writer.write("a", torch.zeros(5))

@@ -12,8 +12,9 @@ from luthier.functional.task_vectors import (
     difference,
     elected_mean,
     factors,
-    magnitude_threshold,
+    magnitude_thresholds,
     pieces,
+    rounded_difference,
     trim,
     weighted_sum,
 )
@@ -25,18 +26,24 @@ def drawn(count, seed=0):
 
 @pytest.mark.parametrize("count", [1, 2, 17, 500, 999, 1000])
 def test_the_threshold_is_that_of_a_sort(count):
-    values = drawn(1000) * torch.logspace(-30, 30, 1000)
+    values, other = drawn(1000) * torch.logspace(-30, 30, 1000), drawn(1000, 1)
     values[:40] = 0.0
-    expected = np.sort(np.abs(values.numpy()))[::-1][count - 1]
-    assert magnitude_threshold(lambda: values.split(128), count) == float(expected)
-    assert magnitude_threshold(lambda: [values.reshape(10, 100).double()], count) == float(expected)
+    expected = [float(np.sort(np.abs(v.numpy()))[::-1][count - 1]) for v in (values, other)]
+    pairs = list(zip(values.split(128), other.split(128), strict=True))
+    assert magnitude_thresholds(lambda: pairs, [count, count]) == expected
+    assert magnitude_thresholds(lambda: [[values.reshape(10, 100)]], [count]) == expected[:1]
 
 
 def test_equal_values_at_the_limit_all_stay():
     values = torch.tensor([0.5, -0.5, 0.5, 0.25])
-    limit = magnitude_threshold(lambda: [values], 2)
-    assert limit == 0.5
-    assert trim(values.double(), limit).tolist() == [0.5, -0.5, 0.5, 0.0]
+    assert magnitude_thresholds(lambda: [[values]], [2]) == [0.5]
+    assert trim(values, 0.5).tolist() == [0.5, -0.5, 0.5, 0.0]
+    assert trim(values, 0.0).tolist() == values.tolist()
+
+
+def test_a_rounded_difference_is_rounded_once():
+    a, b = drawn(1000).bfloat16(), (drawn(1000, 1) * 1e-3).bfloat16()
+    assert torch.equal(rounded_difference(a, b), (a.double() - b.double()).float())
 
 
 def test_a_difference_is_wide_and_leaves_the_models_alone():

@@ -1,7 +1,7 @@
 """Differences between fine-tuned models and their base, piece by piece: read, measured, trimmed and combined.
 
-A source offers ``shapes()`` and ``piece(name, start, stop)``; nothing here holds more than a few pieces. Differences are
-formed in float64, because those of half-precision models are small differences of large numbers.
+A source offers ``shapes()`` and ``piece(name, start, stop)``; nothing here holds more than a few pieces. Differences
+are wide, because those of half-precision models are small differences of large numbers.
 
 Sources: task vectors, "Editing Models with Task Arithmetic", ICLR 2023, arXiv 2212.04089; trimming and elected signs,
 "TIES-Merging: Resolving Interference When Merging Models", NeurIPS 2023, arXiv 2306.01708.
@@ -46,30 +46,43 @@ def floating(source: Any, base: Any) -> list[str]:
     return [n for n in source.names() if n in known and source.piece(n, 0, 0).is_floating_point()]
 
 
-def magnitude_threshold(pieces_of: Callable[[], Iterable[torch.Tensor]], count: int) -> float:
-    """The ``count``-th largest absolute value (as float32) of a long vector that comes in pieces, exactly.
+def rounded_difference(tuned: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """Tuned - base as float32; of float32 and narrower types that is the difference itself, rounded once."""
+    return tuned.to(torch.float32) - base.to(torch.float32)
+
+
+def magnitude_thresholds(
+    pieces_of: Callable[[], Iterable[Sequence[torch.Tensor]]], counts: Sequence[int]
+) -> list[float]:
+    """The ``counts[k]``-th largest absolute value of each of K long float32 vectors that come in pieces, exactly.
 
     Bits of a non-negative float32 read as an integer are in the order of the numbers, so two histograms find the value:
     one over the upper half of the bits, one over the lower half of those that share the upper half found.
 
     Args:
-        pieces_of: gives the pieces anew each time.
-        count: at least 1 and at most the length.
+        pieces_of: gives the pieces anew each time, of all vectors at once.
+        counts: each at least 1 and at most its vector's length.
     """
+    upper_KB = torch.zeros(len(counts), _HALF, dtype=torch.int64)
+    for vectors in pieces_of():
+        for upper_B, piece in zip(upper_KB, vectors, strict=True):
+            upper_B += torch.bincount(_bits(piece) >> 16, minlength=_HALF)
+    tops = [_from_the_top(upper_B, count) for upper_B, count in zip(upper_KB, counts, strict=True)]
+    # One more bin at each end takes what lies below and above.
+    lower_KB = torch.zeros(len(counts), _HALF + 2, dtype=torch.int64)
+    for vectors in pieces_of():
+        for lower_B, piece, (top, _) in zip(lower_KB, vectors, tops, strict=True):
+            inside = _bits(piece).sub_((top << 16) - 1).clamp_(0, _HALF + 1)
+            lower_B += torch.bincount(inside, minlength=_HALF + 2)
+    found = []
+    for lower_B, count, (top, above) in zip(lower_KB, counts, tops, strict=True):
+        low, _ = _from_the_top(lower_B[1:-1], count - above)
+        found.append(float(torch.tensor([(top << 16) | low], dtype=torch.int32).view(torch.float32)))
+    return found
 
-    def bits(piece: torch.Tensor) -> torch.Tensor:
-        return piece.to(torch.float32).abs().reshape(-1).view(torch.int32)
 
-    upper = torch.zeros(_HALF, dtype=torch.int64)
-    for piece in pieces_of():
-        upper += torch.bincount(bits(piece) >> 16, minlength=_HALF)
-    top, above = _from_the_top(upper, count)
-    lower = torch.zeros(_HALF, dtype=torch.int64)
-    for piece in pieces_of():
-        found = bits(piece)
-        lower += torch.bincount(found[(found >> 16) == top] & (_HALF - 1), minlength=_HALF)
-    low, _ = _from_the_top(lower, count - above)
-    return float(torch.tensor([(top << 16) | low], dtype=torch.int32).view(torch.float32))
+def _bits(piece: torch.Tensor) -> torch.Tensor:
+    return piece.abs().reshape(-1).view(torch.int32)
 
 
 def _from_the_top(histogram: torch.Tensor, count: int) -> tuple[int, int]:
@@ -80,8 +93,10 @@ def _from_the_top(histogram: torch.Tensor, count: int) -> tuple[int, int]:
 
 
 def trim(tau: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Tau with the entries whose absolute value (as float32) is below the threshold set to zero."""
-    return torch.where(tau.to(torch.float32).abs() >= threshold, tau, 0.0)
+    """Tau (float32) with the entries whose absolute value is below the threshold set to zero."""
+    limit = torch.tensor(threshold, dtype=torch.float32)
+    below = float(torch.nextafter(limit, torch.tensor(-1.0)))
+    return torch.nn.functional.hardshrink(tau, below) if below >= 0 else tau
 
 
 def weighted_sum(taus: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
@@ -96,14 +111,16 @@ def elected_mean(taus: Sequence[torch.Tensor], weights: Sequence[float]) -> torc
     """Per entry the mean of the values whose sign is that of the weighted sum of all; zero where that sum is zero.
 
     gamma = sgn(sum_t w_t tau_t);  result = sum_{t: sgn(tau_t) = gamma} w_t tau_t / sum_{t: sgn(tau_t) = gamma} w_t
+
+    All weights are greater than 0.
     """
     gamma = weighted_sum(taus, weights).sign_()
     total, weight_sum = torch.zeros_like(gamma), torch.zeros_like(gamma)
     for tau, weight in zip(taus, weights, strict=True):
-        agrees = (tau.sign() == gamma) & (gamma != 0)
-        total += torch.where(agrees, tau, 0.0) * weight
-        weight_sum += agrees * weight
-    return total / torch.where(weight_sum == 0, 1.0, weight_sum)
+        agreeing = (gamma * tau).relu_()  # the size of a value of the elected sign, else 0
+        total.add_(agreeing, alpha=weight)
+        weight_sum.add_(agreeing.sign_(), alpha=weight)
+    return gamma * total / weight_sum.clamp_(min=min(weights))
 
 
 def factors(labels: Sequence[str], weights: Sequence[float] | None, op: str) -> list[float]:

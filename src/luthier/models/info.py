@@ -32,6 +32,8 @@ _SUFFIXES = {
     "ForTokenClassification": "token-classification",
     "ForImageClassification": "image-classification",
 }
+# Files below this size are hashed anew each time.
+_SMALL = 1_000_000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 _MAX_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")
@@ -295,6 +297,12 @@ def fingerprint(folder: str | Path) -> str:
     return content_hash(*parts)
 
 
+def known_fingerprint(folder: Path) -> str | None:
+    """The fingerprint, where no large file has to be read for it because its hash is remembered; else None."""
+    large = (p for p in folder.iterdir() if _counts(p) and p.stat().st_size >= _SMALL)
+    return fingerprint(folder) if all(_remembered(p).is_file() for p in large) else None
+
+
 def _counts(file: Path) -> bool:
     known = {"config.json", "adapter_config.json", INDEX, SINGLE, "vocab.json", "merges.txt", "vocab.txt"}
     return file.is_file() and (
@@ -304,12 +312,16 @@ def _counts(file: Path) -> bool:
     )
 
 
-def _file_hash(file: Path) -> str:
-    if file.stat().st_size < 1_000_000:
-        return content_hash(file)
+def _remembered(file: Path) -> Path:
     status = file.stat()
     identity = [str(file.resolve()), status.st_size, status.st_mtime_ns, status.st_ino]
-    remembered = cache_folder() / "fingerprints" / f"{content_hash(identity)}.json"
+    return cache_folder() / "fingerprints" / f"{content_hash(identity)}.json"
+
+
+def _file_hash(file: Path) -> str:
+    if file.stat().st_size < _SMALL:
+        return content_hash(file)
+    remembered = _remembered(file)
     if remembered.is_file():
         return str(read_json(remembered)["hash"])
     value = content_hash(file)

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -16,7 +15,7 @@ from typing import Any
 from luthier.core import registry
 from luthier.core.errors import UserError, did_you_mean
 from luthier.core.store import atomic_folder, write_atomic, write_json
-from luthier.models.info import adapter_base, inspect, model_of, read_json, resolve
+from luthier.models.info import adapter_base, inspect, known_fingerprint, model_of, read_json, resolve
 from luthier.models.save import RECORD
 from luthier.models.shards import Shards
 from luthier.models.sources import ModelSource
@@ -25,6 +24,8 @@ from luthier.runs.weights import WeightContext, chain
 
 KEYS = ("models", "base", "weights", "dtype", "rows")
 DTYPES = ("float32", "bfloat16", "float16")
+# Models up to this size in bytes are hashed for the manifest even if nothing else asks for it.
+HASHED = 1_000_000_000
 # Written beside the merged model: with it the same merge can be run again.
 RECIPE = "merge.yaml"
 
@@ -140,9 +141,6 @@ def merge_models(
         sources = {label: _open(label, folder, stack) for label in labels}
         origin = ModelSource(resolve(model_of(base))) if base is not None else None
         _check_disk(folder, next(iter(sources.values())))
-        # Read once more, beside the work, because what a model was made from has to be told exactly.
-        pool = stack.enter_context(ThreadPoolExecutor(1))
-        prints = {label: pool.submit(lambda s=source: s.fingerprint) for label, source in _with(sources, origin)}
         progress = stack.enter_context(MergeProgress(quiet=quiet))
         made = stack.enter_context(atomic_folder(folder))
         context = _context(rows, origin, next(iter(sources.values())))
@@ -153,9 +151,10 @@ def merge_models(
             {"op": slug, "options": options, "found": {k: v for k, v in record.items() if k != "op"}}
             for (slug, options, _), record in zip(ops, records, strict=True)
         ]
+        prints = {label: _fingerprint(source) for label, source in _with(sources, origin)}
         _describe(made, folder.name, sources, origin, prints, operations, weights, dtype=dtype, rows=rows, base=base)
         shards = Shards(made)
-        result = Merged(
+        return Merged(
             folder=str(folder),
             models=labels,
             base=None if base is None else str(base),
@@ -164,7 +163,6 @@ def merge_models(
             bytes=shards.nbytes,
             seconds=time.perf_counter() - started,
         )
-    return result
 
 
 def _open(label: str, beside: Path, stack: ExitStack) -> ModelSource:
@@ -184,6 +182,11 @@ def _open(label: str, beside: Path, stack: ExitStack) -> ModelSource:
 
 def _with(sources: Mapping[str, ModelSource], origin: ModelSource | None) -> list[tuple[str, ModelSource]]:
     return [*sources.items(), *([("base", origin)] if origin is not None else [])]
+
+
+def _fingerprint(source: ModelSource) -> str | None:
+    """The hash of a model's files; None where they are large and were never hashed, which takes as long as a merge."""
+    return source.fingerprint if source.shards.nbytes < HASHED else known_fingerprint(source.folder)
 
 
 def _check_disk(folder: Path, source: ModelSource) -> None:
@@ -216,7 +219,7 @@ def _describe(
     name: str,
     sources: Mapping[str, ModelSource],
     origin: ModelSource | None,
-    prints: Mapping[str, Future[str]],
+    hashes: Mapping[str, str | None],
     operations: list[dict[str, Any]],
     weights: Sequence[Any],
     **given: Any,
@@ -225,7 +228,6 @@ def _describe(
     from luthier.recipe.load import dump_yaml
     from luthier.runs.manifest import versions
 
-    hashes = {label: future.result() for label, future in prints.items()}
     known = {s.base_fingerprint for s in sources.values() if s.base_fingerprint}
     # A transferred model stands on another base than its own: what it was fine-tuned from is not told.
     transferred = any("target" in o["options"] for o in operations)

@@ -25,24 +25,25 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
+from luthier.core.errors import UserError
 from luthier.core.registry import weight_op
 from luthier.core.rng import stream
 from luthier.functional.task_vectors import PIECE, difference, elected_mean, factors, weighted_sum
 
 
 def kept(name: str, label: str, start: int, count: int, drop_rate: float, seed: int) -> torch.Tensor:
-    """Which of ``count`` entries from ``start`` on stay, bool [count]; the same however a tensor is cut into pieces."""
+    """1 where one of ``count`` entries from ``start`` on stays, else 0, float32 [count]; however a tensor is cut."""
     drawn = []
     for block in range(start // PIECE, (start + count - 1) // PIECE + 1):
         first, last = max(start - block * PIECE, 0), min(start + count - block * PIECE, PIECE)
         values = torch.rand(last, generator=stream(seed, "noise", "dare", label, name, block))
-        drawn.append(values[first:] >= drop_rate)
-    return torch.cat(drawn) if drawn else torch.zeros(0, dtype=torch.bool)
+        drawn.append(values[first:].ge_(drop_rate))
+    return torch.cat(drawn) if drawn else torch.zeros(0)
 
 
 def drop_and_rescale(tau: torch.Tensor, kept: torch.Tensor, drop_rate: float) -> torch.Tensor:
     """M tau / (1 - p), in tau's shape."""
-    return torch.where(kept.view(tau.shape), tau, 0.0) / (1.0 - drop_rate)
+    return tau * kept.view(tau.shape) / (1.0 - drop_rate)
 
 
 @weight_op(
@@ -73,6 +74,8 @@ class Dare:
         scale: Annotated[float, Field(description="factor of the merged change")] = 1.0,
         seed: Annotated[int, Field(ge=0, description="seed of the draws")] = 0,
     ) -> None:
+        if rule == "ties" and any(weight <= 0 for weight in weights or ()):
+            raise UserError("dare: with rule: ties every weight must be greater than 0.")
         self.sources = {folder: folder for folder in models or ()}
         self.drop_rate, self.weights, self.scale, self.seed = drop_rate, weights, scale, seed
         self.combine = weighted_sum if rule == "sum" else elected_mean

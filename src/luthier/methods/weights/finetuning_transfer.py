@@ -4,10 +4,10 @@
     m = m_t + scale * D       on the target, another version of that base; stored in the target's types
 
 Carrying on to a newer base is recycling, to an older one backporting; the result is used as it is, or as the start of
-further training (``model: <folder>``). Any three checkpoints of one architecture serve: the base of the change may itself
-be an instruction-tuned model. Where the fine-tuned model has more embedding rows (added tokens), the base and the target
-count as having zeros there, so a new token's row is the fine-tuned one; configuration, tokenizer and chat template are
-the fine-tuned model's. Where the target's tokenizer is another one, ``embeddings: skip`` leaves embeddings and head
+further training (``model: <folder>``). Any three checkpoints of one architecture serve: the base of the change may
+itself be an instruction-tuned model. Where the fine-tuned model has more embedding rows (added tokens), the base and
+the target count as having zeros there, so a new token's row is the fine-tuned one; configuration, tokenizer and chat
+template are the fine-tuned model's. Where the target's tokenizer is another one, ``embeddings: skip`` leaves embeddings and head
 (and the tokenizer) as the target has them.
 
 The record says how far the bases are apart relative to the change, and which share of the changed entries the target's
@@ -138,15 +138,16 @@ class FinetuningTransfer:
         return stored
 
     def _measure(self, tuned: torch.Tensor, base: torch.Tensor, target: torch.Tensor, stored: torch.Tensor) -> None:
-        common = min(len(base), len(target))
-        change = difference(tuned, base)[:common]
-        apart = difference(target[:common], base[:common])
-        changed = change * self.scale != 0
-        self._sums["change"] += float(change.square().sum())
-        self._sums["between_bases"] += float(apart.square().sum())
-        self._sums["changed"] += int(changed.sum())
-        self._sums["lost"] += int((changed & (stored[:common] == target[:common])).sum())
-        sums = self._sums
+        flat = (t.reshape(-1) for t in (tuned, base, target, stored))
+        common = min(base.numel(), target.numel())
+        tuned, base, target, stored = (t[:common] for t in flat)
+        change, apart = difference(tuned, base), difference(target, base)
+        sums, changed = self._sums, int(torch.count_nonzero(change)) if self.scale else 0
+        sums["change"] += float(change @ change)
+        sums["between_bases"] += float(apart @ apart)
+        sums["changed"] += changed
+        # What did not change is stored as it was, so every entry that moved is one that changed.
+        sums["lost"] += changed - int(torch.count_nonzero(stored != target))
         self.recipe = {
             "scale": self.scale,
             "norm_of_the_change": math.sqrt(sums["change"]),

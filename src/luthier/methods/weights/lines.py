@@ -144,7 +144,7 @@ class _Scaled(Mapping[str, "torch.Tensor"]):
     "arXiv 2410.17146",
 )
 class LayerIncreasingScaling:
-    """LiNeS: keep what fine-tuning changed in deep layers, shrink it in shallow ones, and what was forgotten returns."""
+    """LiNeS: keep what fine-tuning changed in deep layers and shrink it in shallow ones, so that less is forgotten."""
 
     needs_base, elementwise, count = True, True, (1, 1)
 
@@ -204,7 +204,7 @@ class LayerIncreasingScaling:
         tuned, base, scale = tensors["tuned"], tensors["base"], self.factors[name]
         change = difference(tuned, base)
         part = self._part(name)
-        self.squares[part] = self.squares.get(part, 0.0) + float(change.square().sum())
+        self.squares[part] = self.squares.get(part, 0.0) + float(change.reshape(-1) @ change.reshape(-1))
         self.recipe["norms"] = {p: math.sqrt(square) for p, square in self.squares.items()}
         return tuned if scale == 1.0 else change.mul_(scale).add_(base)
 

@@ -37,7 +37,8 @@ def slerp_factors(dot: float, square_a: float, square_b: float, t: float) -> tup
 
     Args:
         dot: <a, b>.
-        square_a, square_b: <a, a> and <b, b>.
+        square_a: <a, a>.
+        square_b: <b, b>.
         t: 0 is a, 1 is b.
     """
     norms = math.sqrt(square_a * square_b)

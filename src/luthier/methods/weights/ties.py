@@ -7,8 +7,8 @@
     theta = theta_0 + scale * tau
 
 The paper weighs all models alike (w_t = 1). Entries of equal size at the limit of the trim all stay. The paper and its
-released code trim each model as one long vector (``trim: global``, the default; the code keeps one entry more); mergekit
-trims each tensor by itself (``trim: tensor``). Where the weighted sum of an entry is exactly zero although some model
+released code trim each model as one long vector (``trim: global``, the default; the code keeps one entry more);
+mergekit trims each tensor by itself (``trim: tensor``). Changes are rounded to float32 before they are compared. Where the weighted sum of an entry is exactly zero although some model
 changed it, the change is 0; the released code takes the commonest sign of the whole model there.
 
 Paper: "TIES-Merging: Resolving Interference When Merging Models", NeurIPS 2023, arXiv 2306.01708. Released code:
@@ -30,12 +30,12 @@ from pydantic import Field
 
 from luthier.core.registry import weight_op
 from luthier.functional.task_vectors import (
-    difference,
     elected_mean,
     factors,
     floating,
-    magnitude_threshold,
+    magnitude_thresholds,
     pieces,
+    rounded_difference,
     trim,
 )
 
@@ -47,8 +47,8 @@ def ties(
     weights: Sequence[float],
     scale: float,
 ) -> torch.Tensor:
-    """The merged entries in float64, each model's changes below its threshold left out; shapes are those of ``base``."""
-    taus = [trim(difference(model, base), limit) for model, limit in zip(models, thresholds, strict=True)]
+    """The merged entries in float64, without each model's changes below its threshold; shapes are those of ``base``."""
+    taus = [trim(rounded_difference(model, base), limit) for model, limit in zip(models, thresholds, strict=True)]
     return base.to(torch.float64).add(elected_mean(taus, weights), alpha=scale)
 
 
@@ -88,31 +88,31 @@ class Ties:
         base = sources["base"]
         self.labels = [label for label in sources if label != "base"]
         self.factors = factors(self.labels, self.weights, "ties")
-        self.limits: dict[str, dict[str, float]] = {}
+        self.limits: dict[str, list[float]] = {}
         self.recipe = {"weights": dict(zip(self.labels, self.factors, strict=True)), "scale": self.scale}
         if self.density == 1.0:
             return
-        for label in self.labels:
-            pair = {"tuned": sources[label], "base": base}
-            names = floating(sources[label], base)
-            groups = {"": names} if self.trim == "global" else {name: [name] for name in names}
-            self.limits[label] = {key: _limit(pair, group, self.density) for key, group in groups.items()}
+        models = {label: sources[label] for label in self.labels}
+        names = floating(models[self.labels[0]], base)
+        groups = {"": names} if self.trim == "global" else {name: [name] for name in names}
+        self.limits = {key: _limits(models, base, group, self.density) for key, group in groups.items()}
         if self.trim == "global":
-            self.recipe["thresholds"] = {label: limits[""] for label, limits in self.limits.items()}
+            self.recipe["thresholds"] = dict(zip(self.labels, self.limits[""], strict=True))
 
     def tensor(self, name: str, tensors: Mapping[str, torch.Tensor], ctx: Any) -> torch.Tensor:
         """The base's entries with the merged changes."""
-        key = "" if self.trim == "global" else name
-        limits = [self.limits[label][key] if self.limits else 0.0 for label in self.labels]
+        limits = self.limits.get("" if self.trim == "global" else name, [0.0] * len(self.labels))
         return ties(tensors["base"], [tensors[n] for n in self.labels], limits, self.factors, self.scale)
 
 
-def _limit(pair: Mapping[str, Any], names: Sequence[str], density: float) -> float:
-    def changes() -> Iterator[torch.Tensor]:
-        for name in names:
-            for _, piece in pieces(pair, name):
-                yield difference(piece["tuned"], piece["base"])
+def _limits(models: Mapping[str, Any], base: Any, names: Sequence[str], density: float) -> list[float]:
+    """The smallest size of change that each model keeps, over some tensors together."""
 
-    shapes = pair["tuned"].shapes()
+    def changes() -> Iterator[list[torch.Tensor]]:
+        for name in names:
+            for _, piece in pieces({"base": base, **models}, name):
+                yield [rounded_difference(piece[label], piece["base"]) for label in models]
+
+    shapes = base.shapes()
     count = sum(torch.Size(shapes[name]).numel() for name in names)
-    return magnitude_threshold(changes, max(int(density * count), 1)) if count else 0.0
+    return magnitude_thresholds(changes, [max(int(density * count), 1)] * len(models)) if count else [0.0] * len(models)
