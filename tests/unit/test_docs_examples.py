@@ -27,7 +27,7 @@ from luthier.recipe.load import load
 from luthier.recipe.plan import plan
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGES = ("recipe", "data", "cli", "python", "evaluation", "lab")
+PAGES = ("recipe", "data", "cli", "python", "evaluation", "lab", "advise")
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 ENDINGS = {"jsonl": ".jsonl", "json": ".json", "csv": ".csv", "text": ".txt"}
 ROWS = {

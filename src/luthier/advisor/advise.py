@@ -254,7 +254,7 @@ class Advisor:
             reasons = {(changed or ["training"])[0]: why}
         head = [verdict.headline]
         if verdict.entry == BASE:
-            head.append("If you train all the same, this is the recipe that came out best.")
+            head.append("If you train all the same, start with this recipe.")
         head.append(f"The evidence is in {FILE} beside this file. Run it with: luthier train recommended.yaml")
         return written(recipe, reasons, head)
 
