@@ -37,7 +37,8 @@ class Watch:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet)
-        self.doing, self.standings = "", {}
+        self.doing = ""
+        self.standings: dict[str, Standing] = {}
         self.live = Live(console=self.console, get_renderable=self._view, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> Watch:
