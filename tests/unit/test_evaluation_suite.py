@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, matthews_corrcoef
 
 from luthier.core.errors import LuthierError, UserError
 from luthier.core.protocols import Batch, Completion
@@ -124,6 +124,8 @@ def test_classification_f1_by_sklearn() -> None:
     assert found["f1_macro"]["value"] == pytest.approx(f1_score(y, top, average="macro"))
     assert found["f1_micro"]["value"] == pytest.approx(f1_score(y, top, average="micro"))
     assert found["f1_micro"]["value"] == pytest.approx(found["accuracy"]["value"])
+    assert found["matthews"]["value"] == pytest.approx(matthews_corrcoef(y, top))
+    assert found["matthews"]["low"] < found["matthews"]["value"] < found["matthews"]["high"]
     assert found["f1_macro"]["low"] < found["f1_macro"]["value"] < found["f1_macro"]["high"]
     assert "perplexity" not in found
 

@@ -227,8 +227,16 @@ def micro_f1(sums_K3: Array) -> float:
     return float(f1_scores(sums_K3.sum(axis=0, keepdims=True))[0])
 
 
+def matthews(sums_K3: Array) -> float:
+    """Matthews' correlation of predicted and true classes (Gorodkin's for several); 0 where one side is constant."""
+    right, predicted_K, true_K = sums_K3[:, 0].sum(), sums_K3[:, 1], sums_K3[:, 2]
+    n = true_K.sum()
+    scale = (n * n - predicted_K @ predicted_K) * (n * n - true_K @ true_K)
+    return float((right * n - predicted_K @ true_K) / math.sqrt(scale)) if scale > 0 else 0.0
+
+
 class ClassF1:
-    """Macro and micro F1 over classes; for one label per position micro F1 equals accuracy."""
+    """F1 over classes and Matthews' correlation; for one label per position micro F1 equals accuracy."""
 
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels = list(labels)
@@ -244,12 +252,14 @@ class ClassF1:
         np.add.at(self._sums[..., 2], (group_N, seen.target_N), 1)
 
     def metrics(self, confidence: float) -> dict[str, Metric]:
-        """``f1_macro`` and ``f1_micro``."""
+        """``f1_macro``, ``f1_micro`` and ``matthews``."""
         sums = _filled(self._sums, self._sums)
-        return {
+        found = {
             name: as_metric(group_jackknife(fn, sums, self._n, confidence).clipped(0.0, 1.0), "share", "higher")
             for name, fn in (("f1_macro", macro_f1), ("f1_micro", micro_f1))
         }
+        correlation = group_jackknife(matthews, sums, self._n, confidence).clipped(-1.0, 1.0)
+        return found | {"matthews": as_metric(correlation, "correlation", "higher")}
 
 
 def is_entity_scheme(labels: Sequence[str]) -> bool:
