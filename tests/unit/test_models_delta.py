@@ -118,6 +118,10 @@ def test_saved_and_loaded_the_same(tmp_path):
         again.apply(other, BASE, absolute=False)
         assert torch.equal(other.lm_head.weight, tiny_llama().lm_head.weight)
         assert again.without_absolute().absolute == {}
+    elsewhere = Delta(BASE, {Q: parts()[Q]}, {"a.head.that.only.one.task.has": torch.ones(3)})
+    with pytest.raises(UserError, match=r"'a\.head\.that\.only\.one\.task\.has'"):
+        elsewhere.apply(tiny_llama(), BASE)
+    elsewhere.apply(tiny_llama(), BASE, absolute=False)
 
 
 def test_of_two_models():

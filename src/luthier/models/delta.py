@@ -107,7 +107,7 @@ class Delta:
         Raises:
             UserError: see :meth:`check`.
         """
-        self.check(_tensors(model), base)
+        (self if absolute else self.without_absolute()).check(_tensors(model), base)
         if self.about.get("untied") and isinstance(model, torch.nn.Module):
             untie(model)
         tensors = _tensors(model)
