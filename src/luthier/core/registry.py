@@ -65,6 +65,7 @@ class Method:
             ``gradient_checkpointing``, ``processes``, ``precision:bf16`` and the like.
         requires: fact about the recipe -> reason; without the fact it is refused.
         tasks: tasks for which it is defined; empty means all.
+        packages: optional packages it cannot do without: module -> what pip installs it as.
         paper: title, year and arXiv number, for lists and pages.
     """
 
@@ -76,7 +77,13 @@ class Method:
     conflicts: Mapping[str, str] = field(default_factory=dict)
     requires: Mapping[str, str] = field(default_factory=dict)
     tasks: tuple[str, ...] = ()
+    packages: Mapping[str, str] = field(default_factory=dict)
     paper: str = ""
+
+    @property
+    def missing(self) -> list[str]:
+        """Those of its packages that are not installed."""
+        return [module for module in self.packages if importlib.util.find_spec(module) is None]
 
     @property
     def title(self) -> str:
