@@ -12,7 +12,8 @@ from luthier.core import registry
 from luthier.core.errors import UserError
 from luthier.engine.loop import Trainer
 
-ALL = registry.all_methods()
+# A method without its optional package is refused by the plan (tests/unit/test_recipe_plan.py).
+ALL = [m for m in registry.all_methods() if not m.missing]
 TRAINING = [m for m in ALL if m.axis in ("objective", "transform", "selection", "parameters")]
 # These train modules of their own, which an adapter would leave frozen, and say so.
 WHOLE_MODEL = {"glue-pretraining"}

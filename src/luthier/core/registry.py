@@ -70,6 +70,7 @@ class Method:
         tasks: tasks for which it is defined; empty means all.
         numbers: whether it is also defined where targets are numbers; most objectives, transforms and selections
             speak of probabilities.
+        packages: optional packages it cannot do without: module -> what pip installs it as.
         paper: title, year and arXiv number, for lists and pages.
     """
 
@@ -83,7 +84,13 @@ class Method:
     beside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tasks: tuple[str, ...] = ()
     numbers: bool = False
+    packages: Mapping[str, str] = field(default_factory=dict)
     paper: str = ""
+
+    @property
+    def missing(self) -> list[str]:
+        """Those of its packages that are not installed."""
+        return [module for module in self.packages if importlib.util.find_spec(module) is None]
 
     @property
     def title(self) -> str:

@@ -121,8 +121,8 @@ def untie(model: Any) -> bool:
     return True
 
 
-def merged(model: Any, slug: str) -> Any:
-    """A copy of a peft model with its adapter in the weights; the model itself is left as it is, for training goes on.
+def check_merge(model: Any, slug: str) -> None:
+    """Refuse to merge into quantised weights.
 
     Raises:
         UserError: the base is quantised, and adding to rounded weights rounds them again.
@@ -132,6 +132,15 @@ def merged(model: Any, slug: str) -> Any:
             f"{slug}: merge: the base is quantised, and merging into quantised weights changes them. Save the adapter "
             "(merge: false) and merge it into the unquantised base with `luthier merge`."
         )
+
+
+def merged(model: Any, slug: str) -> Any:
+    """A copy of a peft model with its adapter in the weights; the model itself is left as it is, for training goes on.
+
+    Raises:
+        UserError: the base is quantised.
+    """
+    check_merge(model, slug)
     made = copy.deepcopy(model)
     untie(made)
     return made.merge_and_unload(safe_merge=True)

@@ -128,11 +128,11 @@ def adapters(made: Plan) -> None:
                 f"out: remove '{op.slug}'.",
                 where=op.place,
             )
-        if choice.options.get("merge") is False:
+        if key := next((k for k, v in choice.options.items() if k.startswith("merge") and v is False), None):
             op = made.weights[0]
             raise UserError(
                 f"{op.key}: '{op.slug}' works on a whole model, but '{choice.slug}' ({choice.key}) leaves an adapter. "
-                f"Way out: parameters: [{{{choice.slug}: {{merge: true}}}}].",
+                f"Way out: parameters: [{{{choice.slug}: {{{key}: true}}}}].",
                 where=op.place,
             )
 
@@ -218,8 +218,13 @@ _PACKAGES = {
 }
 
 
-def packages(recipe: Recipe) -> None:
-    """Refuse a setting whose optional package is not installed."""
+def packages(made: Plan) -> None:
+    """Refuse a method or a setting whose optional package is not installed."""
+    for choice in made.choices():
+        for module in choice.method.missing:
+            error = missing_extra(module, f"{choice.key}: '{choice.slug}'", choice.method.packages[module])
+            raise UserError(error.message, where=choice.place)
+    recipe = made.recipe
     wanted: list[tuple[KeyPath, str, str, str]] = []
     for (key, value), (module, install) in _PACKAGES.items():
         owner, place = (recipe.model, "model") if key == "attention" else (recipe.training, "training")

@@ -172,7 +172,7 @@ def plan(recipe: Recipe) -> Plan:
     made.facts = _facts(made)
     checks.files(recipe)
     checks.layout(recipe)
-    checks.packages(recipe)
+    checks.packages(made)
     checks.sum(made)
     checks.repeats(made)
     checks.adapters(made)

@@ -10,7 +10,7 @@ import torch
 
 from luthier.core.protocols import Context
 from luthier.core.registry import TOKEN_TASKS
-from luthier.functional.adapters import TASK_TYPES, heads, merged
+from luthier.functional.adapters import TASK_TYPES, check_merge, heads, merged
 
 # Nearly every adapter freezes what these train.
 FREEZES = {
@@ -32,8 +32,16 @@ def task_name(ctx: Context) -> str:
     return str(getattr(ctx.task, "name", ctx.task))
 
 
-def common(model: torch.nn.Module, ctx: Context) -> dict[str, Any]:
-    """What every peft configuration has: the task, and a classification head that is trained in full and saved."""
+def common(model: torch.nn.Module, ctx: Context, *, merge: str = "") -> dict[str, Any]:
+    """What every peft configuration has: the task, and a classification head that is trained in full and saved.
+
+    Args:
+        model: the base.
+        ctx: its task.
+        merge: the slug of a method that will merge at the end; it is refused now where it could not.
+    """
+    if merge:
+        check_merge(model, merge)
     task = task_name(ctx)
     return {
         "task_type": TASK_TYPES.get(task),

@@ -51,7 +51,7 @@ class WeightDecomposed(Adapter):
     ) -> None:
         self.merge = merge
         self.adaptation = LowRankAdaptation(
-            rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, dora=True
+            rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, dora=True, merge=merge
         )
 
     def apply(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:

@@ -85,7 +85,11 @@ class ChannelFactors(Adapter):
             outputs, inputs = (shortened(paths, linear) for paths in default_targets(model))
         else:
             outputs, inputs = (named_targets(model, n, "ia3") for n in (self.target_modules, self.feed_forward_modules))
-        config = peft.IA3Config(**common(model, ctx), target_modules=[*outputs, *inputs], feedforward_modules=inputs)
+        config = peft.IA3Config(
+            **common(model, ctx, merge=self.slug if self.merge else ""),
+            target_modules=[*outputs, *inputs],
+            feedforward_modules=inputs,
+        )
         return peft.get_peft_model(model, config)
 
     def groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ class LowRankAdaptation(Adapter):
         import peft
 
         config = peft.LoraConfig(
-            **common(model, ctx),
+            **common(model, ctx, merge=self.slug if self.merge else ""),
             r=self.rank,
             # peft annotates an integer but computes with any number.
             lora_alpha=int(self.alpha) if self.alpha.is_integer() else self.alpha,

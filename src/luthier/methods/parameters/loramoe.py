@@ -142,7 +142,7 @@ class LoRAMoE(Adapter):
             raise UserError(
                 f"loramoe: expert_types: give one of {', '.join(self.types)} for each of {experts} experts."
             )
-        self._experts_type = [self.types.index(t) for t in given]
+        self.groups_of_experts = [self.types.index(t) for t in given]
         self.shape = {"experts": experts, "rank": rank, "alpha": alpha, "dropout": dropout, "top_k": top_k}
         self.target_modules, self.balance_weight, self.contrast = target_modules, balance_weight, contrast
         self.dispersion, self.reduce, self.over, self.count_padding = dispersion, reduce, over, count_padding
@@ -212,7 +212,7 @@ class LoRAMoE(Adapter):
             ],
             device=mass_MBN.device,
         )
-        expert_N = torch.tensor(self._experts_type, device=mass_MBN.device)
+        expert_N = torch.tensor(self.groups_of_experts, device=mass_MBN.device)
         terms_M = balance(
             mass_MBN, importance(example_B, expert_N, self.contrast), kind=self.dispersion, over=self.over
         )

@@ -126,7 +126,7 @@ class ScaleShiftFeatures(Adapter):
         summed = tables(model)
         followers = {path: summed[0] for path in summed[1:] if summed[0] in chosen and self.scale}
         config = self.adapter_type()(
-            **common(model, ctx),
+            **common(model, ctx, merge=self.slug if self.merge else ""),
             target_modules=[*chosen, *followers],
             scale=self.scale,
             unshifted=unshifted,
