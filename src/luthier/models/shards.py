@@ -197,7 +197,7 @@ class Shards:
                 self._raw[info.file] = info.file.open("rb", buffering=0)
             handle = self._raw[info.file]
             handle.seek(info.offset + start * kind.itemsize)
-            space = memoryview(flat.view(torch.uint8).numpy())
+            space = flat.view(torch.uint8).numpy().data
             while len(space):
                 if not (read := handle.readinto(space)):
                     raise UserError("ends before its header says. Fetch the model again.", where=str(info.file))
@@ -262,6 +262,7 @@ class ShardWriter:
         self._at = self._written = 0
         self._shard = -1
         self._handle: Any = None
+        self._current: set[str] = set()
 
     def _bytes(self, name: str) -> int:
         kind, shape = self.layout[name]
@@ -283,7 +284,7 @@ class ShardWriter:
         self._written += flat.numel()
         if self._written > self._bytes(name):
             raise ValueError(f"tensor '{name}' is longer than announced")
-        space = memoryview(flat.numpy())
+        space = flat.numpy().data
         self._open_for(name)
         while len(space):
             space = space[self._handle.write(space) :]

@@ -92,8 +92,9 @@ def planned(weights: Sequence[Any]) -> list[tuple[str, dict[str, Any], Any]]:
 
     found = []
     for number, entry in enumerate(weights):
+        options: dict[str, Any] = {}
         if isinstance(entry, str):
-            slug, options = entry, {}
+            slug = entry
         elif isinstance(entry, Mapping) and len(entry) == 1:
             slug, options = next((str(k), dict(v or {})) for k, v in entry.items())
         else:

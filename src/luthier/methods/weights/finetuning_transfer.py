@@ -7,8 +7,8 @@ Carrying on to a newer base is recycling, to an older one backporting; the resul
 further training (``model: <folder>``). Any three checkpoints of one architecture serve: the base of the change may
 itself be an instruction-tuned model. Where the fine-tuned model has more embedding rows (added tokens), the base and
 the target count as having zeros there, so a new token's row is the fine-tuned one; configuration, tokenizer and chat
-template are the fine-tuned model's. Where the target's tokenizer is another one, ``embeddings: skip`` leaves embeddings and head
-(and the tokenizer) as the target has them.
+template are the fine-tuned model's. Where the target's tokenizer is another one, ``embeddings: skip`` leaves
+embeddings, head and tokenizer as the target has them.
 
 The record says how far the bases are apart relative to the change, and which share of the changed entries the target's
 type is too coarse to show.

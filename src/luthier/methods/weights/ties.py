@@ -8,8 +8,9 @@
 
 The paper weighs all models alike (w_t = 1). Entries of equal size at the limit of the trim all stay. The paper and its
 released code trim each model as one long vector (``trim: global``, the default; the code keeps one entry more);
-mergekit trims each tensor by itself (``trim: tensor``). Changes are rounded to float32 before they are compared. Where the weighted sum of an entry is exactly zero although some model
-changed it, the change is 0; the released code takes the commonest sign of the whole model there.
+mergekit trims each tensor by itself (``trim: tensor``). Changes are rounded to float32 before they are compared. Where
+the weighted sum of an entry is exactly zero although some model changed it, the change is 0; the released code takes
+the commonest sign of the whole model there.
 
 Paper: "TIES-Merging: Resolving Interference When Merging Models", NeurIPS 2023, arXiv 2306.01708. Released code:
 prateeky2806/ties-merging.
