@@ -140,6 +140,22 @@ def test_confidence_does_not_depend_on_the_order_of_rows(base, tmp_path):
     assert {r: line["confidence"] for r, line in first.items()} == {r: x["confidence"] for r, x in turned.items()}
 
 
+def test_what_a_model_draws_for_a_prompt_depends_on_that_prompt_alone(base, monkeypatch, tmp_path):
+    monkeypatch.undo()
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+
+    def samples(made):
+        return {line["answer"]: line["samples"] for line in table(made)}
+
+    first = samples(stage(base, tmp_path / "a"))
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "another"))
+    turned = samples(stage(base, tmp_path / "b", {**FAST, "batch_rows": 3}, rows=ROWS[::-1]))
+    fewer = samples(stage(base, tmp_path / "c", rows=ROWS[1:3]))
+    assert first == turned
+    assert all(first[answer] == fewer[answer] for answer in fewer)
+    assert len({tuple(s) for s in first.values()}) == len(ROWS)
+
+
 def test_what_was_sampled_is_not_sampled_again(base, script, tmp_path):
     stage(base, tmp_path / "first")
     asked = len(script.prompts)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scripted import Script, run, same, tensors, tiny
+from transformers import AutoModelForCausalLM
 
 from luthier.core.errors import UserError
 from luthier.engine import loop
@@ -83,7 +84,7 @@ def test_every_row_gets_the_target_of_the_table_in_order(base, script, tmp_path)
 
 
 def test_the_base_finds_its_own_targets_as_likely_as_transformers_says(base, script, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     found = lines(tune(base, tmp_path / "run"))
     model, words = AutoModelForCausalLM.from_pretrained(base).double().eval(), AutoTokenizer.from_pretrained(base)
@@ -224,6 +225,16 @@ def test_composes_with_half_ft_and_the_anchored_loss(base, script, tmp_path):
     made = tune(base, tmp_path / "run", objective={"anchored-sft": {"anchor_weight": 0.05}}, parameters=["half-ft"])
     assert made.metrics["training"]["steps"] == 2
     assert [line["source"] for line in lines(made)].count("self") == 1
+
+
+def test_lines_after_it_moves_the_shallow_blocks_back(base, script, tmp_path):
+    made = tune(base, tmp_path / "run", weights=[{"lines": {"alpha": 0.0, "beta": 1.0}}])
+    plain, start = tensors(tune(base, tmp_path / "plain")), AutoModelForCausalLM.from_pretrained(base).state_dict()
+    found = tensors(made)
+    first, last = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    torch.testing.assert_close(found[first], start[first])
+    torch.testing.assert_close(found[last], plain[last])
+    assert not torch.equal(plain[first], start[first])
 
 
 def test_what_cannot_work_is_refused_in_one_line(base, script, tmp_path):

@@ -7,7 +7,12 @@ number of draws only. No table of counts over the vocabulary is made.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 import torch
+
+from luthier.core.rng import stream
 
 # Rows are worked on in blocks of about this many bytes, so that on a CPU they stay in its cache.
 _BLOCK_BYTES = {"cpu": 4 << 20}
@@ -101,3 +106,21 @@ def _first_above(running: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     below_end = running[..., -1:] * (1 - torch.finfo(running.dtype).eps)
     found = torch.searchsorted(running, torch.minimum(wanted, below_end), right=True)
     return found.clamp_(max=running.shape[-1] - 1)
+
+
+def by_prompt(prompts: Sequence[Sequence[int]], most: int, seed: int) -> torch.Tensor:
+    """Uniform numbers float32 [prompts, most], each row decided by its prompt and by how often it was there before.
+
+    So neither the order of the prompts nor what else is asked changes what is drawn for one of them.
+
+    Args:
+        prompts: token ids.
+        most: numbers of each.
+        seed: of all.
+    """
+    seen: Counter[tuple[int, ...]] = Counter()
+    rows = []
+    for prompt in map(tuple, prompts):
+        rows.append(torch.rand(most, generator=stream(seed, "rollout", prompt, seen[prompt])))
+        seen[prompt] += 1
+    return torch.stack(rows) if rows else torch.zeros(0, most)

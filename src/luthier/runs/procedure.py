@@ -24,7 +24,6 @@ from luthier import functional
 from luthier.core import registry
 from luthier.core.errors import LuthierError
 from luthier.core.protocols import Completion
-from luthier.core.rng import derive_seed
 from luthier.core.store import Store, content_hash, write_json
 
 # Prompts, rows or programs of a piece.
@@ -100,8 +99,7 @@ def generate(
     shared = [_model_key(shop, model), samples, method.slug, {**chosen, **options}, shop.seed, stops]
 
     def write(items: range, key: str) -> list[Any]:
-        # Every piece draws from a stream of its own.
-        session = shop.session(live, seed=derive_seed(shop.seed, "rollout", key))
+        session = shop.session(live)
         found = shop.decode(session, [ids[i] for i in items], samples=samples, decoding=decoding, **options)
         return [[vars(c) for c in some] for some in found]
 

@@ -23,6 +23,7 @@ from pydantic import Field
 
 from luthier.core.protocols import Completion, Context
 from luthier.core.registry import decoder
+from luthier.functional.draws import by_prompt
 from luthier.functional.writing import Sampling, completions
 
 
@@ -49,8 +50,8 @@ class Sample:
         Raises:
             UserError: a prompt has no token.
         """
-        # A row of numbers for each prompt, so that what is drawn does not depend on how prompts are grouped.
-        uniform_PT = torch.rand(len(prompts), self.max_new_tokens, generator=ctx.rng("rollout"))
+        seed = int(torch.randint(2**62, (1,), generator=ctx.rng("rollout")))
+        uniform_PT = by_prompt(prompts, self.max_new_tokens, seed)
         return completions(
             model,
             prompts,
