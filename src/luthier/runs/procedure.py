@@ -108,7 +108,8 @@ def generate(
 
 
 def _completion(held: Mapping[str, Any]) -> Completion:
-    return Completion(**{name: tuple(v) if isinstance(v, list) else v for name, v in held.items()})
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in held.items()}
+    return Completion(**values)
 
 
 class Part:
@@ -322,12 +323,12 @@ def alternate(trainer: Any, prepared: Any, boundary: int) -> None:
     session.total_steps = trainer.total = trainer.order.steps(training.epochs, training.max_steps)
 
 
-def continue_optimizer(trainer: Any, folder: Path) -> None:
+def continue_optimizer(trainer: Any, folder: Path | None) -> None:
     """Give a trainer the optimiser's state that another one left in ``folder``."""
     from luthier.engine import checkpoint
     from luthier.engine.optimizer import load_optimizer_state
 
-    newest = checkpoint.latest(folder / "checkpoints")
+    newest = checkpoint.latest(folder / "checkpoints") if folder is not None else None
     assert newest is not None, "an inner training leaves a checkpoint"
     names = {id(p): n for n, p in trainer.session.model.named_parameters()}
     load_optimizer_state(trainer.optimizer, names, checkpoint.load(newest)[1], trainer.session.processes.like)
