@@ -63,7 +63,9 @@ def experiment(folder, *, seeds=16, draws=100):
         "seeds": seeds,
         "draws": draws,
         "false alarms in a hundred": alarms,
-        "spread over seeds": {n: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1))} for n, v in spread.items()},
+        "spread over seeds": {
+            n: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1))} for n, v in spread.items()
+        },
         "handicapped": {name: slow[name] for name in ("target/loss", "target/score")},
         "claims": {
             "plain SFT with other seeds is called different at most 10 times in 100, by every metric": all(
