@@ -4,7 +4,7 @@
 
 A random Llama of the size of ``lab:small`` (2M parameters), 256 completions of 64 tokens. The second part trains GRPO
 (32 prompts, 8 completions each, 64 tokens) and times writing, forward passes, backward passes and the whole step. The
-result is kept in ``docs/measured/rollouts.json``.
+result is kept in ``docs/measured/rollout-speed.json``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from luthier.lab.bases import MAKINGS  # noqa: E402
 from luthier.methods.objectives.grpo import GroupRelativePolicyOptimization  # noqa: E402
 from luthier.methods.transforms import rollouts  # noqa: E402
 
-RESULT = ROOT / "docs" / "measured" / "rollouts.json"
+RESULT = ROOT / "docs" / "measured" / "rollout-speed.json"
 VOCABULARY = 1024
 
 

@@ -96,7 +96,7 @@ class GroupRelativePolicyOptimization:
     ) -> None:
         if delta is not None and loss in ("cispo", "sapo", "reinforce"):
             raise UserError(f"grpo: delta bounds a clipped loss, and loss: {loss} is not clipped; remove it.")
-        self.kind, self.ratio, self.delta, self.beta = loss, ratio, delta, beta
+        self.kind, self.ratio, self.ratio_bound, self.beta = loss, ratio, delta, beta
         self.clip_low, self.clip_high = clip_low, clip_low if clip_high is None else clip_high
         self.cap = CISPO_CAP if clip_high is None else clip_high
         self.kl, self.kl_correction = kl, kl_correction
@@ -161,4 +161,4 @@ class GroupRelativePolicyOptimization:
             return pg.sapo(ratio_N, advantage_N, *self.tau)
         if self.kind == "reinforce":
             return pg.reinforce(advantage_N, logp_N)
-        return pg.clipped(ratio_N, advantage_N, self.clip_low, self.clip_high, self.delta)
+        return pg.clipped(ratio_N, advantage_N, self.clip_low, self.clip_high, self.ratio_bound)
