@@ -214,7 +214,7 @@ class Advisor:
         verdict: Verdict,
         seconds: float,
     ) -> dict[str, Any]:
-        made = {
+        made: dict[str, Any] = {
             "luthier": __version__,
             "model": self.recipe.model.id,
             "data": str(self.recipe.data.train),

@@ -216,6 +216,9 @@ class Outputs(Protocol):
     def numbers(self) -> torch.Tensor:
         """[N] predictions, where targets are numbers; ``logp_N`` is then minus the squared error and all there is."""
 
+    def plain(self, batch: Batch) -> dict[str, tuple[Any, Any]]:
+        """What is logged beside any loss, name -> (sum, weight): plain NLL and the mean probability of the target."""
+
     def positionwise(self, batch: Batch, loss: Callable[[Outputs, Batch], Loss]) -> Loss:
         """``loss(outputs, part)`` summed over chunks of the batch, its gradient formed while their logits are there.
 

@@ -34,7 +34,7 @@ class Endpoint:
         timeout: seconds until an answer must be there.
     """
 
-    takes = ("ids", "text", "messages")
+    takes: tuple[str, ...] = ("ids", "text", "messages")
 
     def __init__(
         self,
@@ -149,5 +149,5 @@ def _completion(choice: Mapping[str, Any], chat: bool) -> Completion:
         text = choice["message"].get("content") or ""
         logp = [token["logprob"] for token in given.get("content") or ()]
     else:
-        text, logp = choice["text"], given.get("token_logprobs") or ()
+        text, logp = choice["text"], list(given.get("token_logprobs") or ())
     return Completion(text, (), choice.get("finish_reason") == "stop", tuple(logp))

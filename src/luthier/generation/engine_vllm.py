@@ -26,7 +26,7 @@ class VLLM:
         UserError: vLLM is not installed.
     """
 
-    takes = ("ids", "text")
+    takes: tuple[str, ...] = ("ids", "text")
 
     def __init__(self, model: str, *, fingerprint: str, **options: Any) -> None:
         try:

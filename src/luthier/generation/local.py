@@ -29,7 +29,7 @@ class Local:
         batch_rows: completions written together.
     """
 
-    takes = ("ids", "text")
+    takes: tuple[str, ...] = ("ids", "text")
 
     def __init__(self, model: Any, processor: Any, *, fingerprint: str, batch_rows: int = 64) -> None:
         self.model, self.processor, self.batch_rows = model, processor, batch_rows

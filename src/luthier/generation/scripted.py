@@ -19,7 +19,7 @@ class Scripted:
         script: prompt -> its completions in order; a prompt that is no text stands as its JSON.
     """
 
-    takes = ("ids", "text", "messages")
+    takes: tuple[str, ...] = ("ids", "text", "messages")
 
     def __init__(self, script: Mapping[str, Sequence[str]]) -> None:
         self.script = {prompt: list(texts) for prompt, texts in script.items()}

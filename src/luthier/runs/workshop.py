@@ -296,7 +296,7 @@ class Workshop:
         told = [m.delta(model) for m in stack.named.values() if hasattr(m, "delta")]
         if told and self.processes.main:
             about = {"untied": self.tied and not is_tied(model)}
-            delta = reduce(add, (Delta(self.loaded.fingerprint, *parts, about=about) for parts in told))
+            delta = reduce(add, (Delta(self.loaded.fingerprint, parts, absolute, about) for parts, absolute in told))
             delta.save(folder / "delta")
 
     def add_tokens(self, names: Any) -> list[int]:
