@@ -160,7 +160,7 @@ def inference(job: Job, repeats: int) -> dict[str, float]:
     method = registry.get("parameters", "spiel").build({})
     own = load(job.folder / "model", task="causal-lm").model.requires_grad_(False)
     merged = method.export(method.apply(own, Setup(seed=0, task="causal-lm", processor=None))).eval()
-    ids = torch.randint(3, 1000, (4, 128), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, base.config.vocab_size, (4, 128), generator=torch.Generator().manual_seed(0))
 
     def seconds(model: Any) -> float:
         begin = time.perf_counter()

@@ -120,7 +120,7 @@ def find_fused(model: torch.nn.Module) -> tuple[dict[str, Fused], list[str]]:
     per_head = kind in _PER_HEAD
     if kind == "falcon" and not config.new_decoder_architecture:
         kv_heads, per_head = (1, False) if config.multi_query else (heads, True)
-    about = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "per_head": per_head}
+    about: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "per_head": per_head}
     found, unknown = {}, []
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -209,8 +209,8 @@ def choose(every: Sequence[Site], selection: str | Iterable[str], *, where: str 
     if not kept:
         raise UserError(f"{where}: {', '.join(terms) or 'an empty selection'} leaves no tensor of this model.")
     order = {s.name: s.fused.parts for s in kept if s.fused is not None}
-    parts = {n: tuple(p for p in order[n] if p in some) for n, some in chosen.items() if some is not None}
-    return Chosen(kept, {n: some for n, some in parts.items() if len(some) < len(order[n])})
+    meant = {n: tuple(p for p in order[n] if p in some) for n, some in chosen.items() if some is not None}
+    return Chosen(kept, {n: some for n, some in meant.items() if len(some) < len(order[n])})
 
 
 def _take_out(chosen: dict[str, set[str] | None], site: Site, parts: set[str] | None) -> None:

@@ -63,12 +63,14 @@ class SparseLinear(torch.nn.Module):
         dtype: of the values.
     """
 
+    index: torch.Tensor
+
     def __init__(self, base_layer: torch.nn.Module, index_K: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.base_layer: Any = base_layer
         self.shape = weight_shape(base_layer)
         self.transposed = type(base_layer).__name__ == "Conv1D"
-        device = self.base_layer.weight.device
+        device: Any = self.base_layer.weight.device
         small = self.shape[0] * self.shape[1] < 2**31
         kept = index_K.to(device=device, dtype=torch.int32 if small else torch.int64)
         self.register_buffer("index", kept, persistent=False)
@@ -118,7 +120,8 @@ class SparseLinear(torch.nn.Module):
         """A plain linear map with the additions in its weight; a quantised one comes back in floating point."""
         if is_quantised(self.base_layer):
             weight_OI = dense_weight(self.base_layer)
-            plain: Any = torch.nn.Linear(*reversed(self.shape), bias=self.bias is not None, dtype=weight_OI.dtype)
+            rows, columns = self.shape
+            plain: Any = torch.nn.Linear(columns, rows, bias=self.bias is not None, dtype=weight_OI.dtype)
             plain.weight.data = weight_OI.detach().clone()
             if self.bias is not None:
                 plain.bias.data = self.bias.detach().to(weight_OI.dtype)
@@ -149,7 +152,7 @@ class _Product(torch.autograd.Function):
             return F.linear(x.to(dtype), dense.t() if layer.transposed else dense, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, values_K = ctx.saved_tensors
         layer = ctx.layer
         grad_x = grad_bias = None

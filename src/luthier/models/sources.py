@@ -106,6 +106,7 @@ def check_models(
     base: ModelSource | None = None,
     *,
     against_base: bool = True,
+    combines_base: bool = True,
     foreign: Sequence[str] = (),
     pads_rows: bool = False,
 ) -> None:
@@ -115,6 +116,7 @@ def check_models(
         models: label -> the models.
         base: what they were fine-tuned from, if known.
         against_base: the base takes part: it must have the models' tensors.
+        combines_base: its numbers are combined with the models': tied embeddings must then be tied in both.
         foreign: labels of models that may come from another base.
         pads_rows: rows may be missing and tokenizers differ: the operation checks these itself.
 
@@ -122,7 +124,7 @@ def check_models(
         UserError: names the tensor, or the file and key, that differs.
     """
     everything = {**({"base": base} if base else {}), **models}
-    _same_computation(everything)
+    _same_computation(everything, combines_base)
     if not pads_rows:
         if problem := first_mismatch({label: source.shapes() for label, source in models.items()}):
             raise UserError(f"{problem}. Models must be fine-tuned from one base, with one head and tokenizer.")
@@ -133,12 +135,14 @@ def check_models(
     _one_base({label: m for label, m in models.items() if label not in foreign}, base)
 
 
-def _same_computation(models: Mapping[str, ModelSource]) -> None:
+def _same_computation(models: Mapping[str, ModelSource], combines_base: bool) -> None:
     (first, one), *others = models.items()
     for label, other in others:
         for key in _SAME:
             # A base may be a language model where the tuned model classifies: labels are compared between classifiers.
             if key == "id2label" and "base" in (first, label):
+                continue
+            if key == "tie_word_embeddings" and "base" in (first, label) and not combines_base:
                 continue
             if key in one.config and key in other.config and one.config[key] != other.config[key]:
                 raise UserError(

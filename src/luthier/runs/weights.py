@@ -134,6 +134,7 @@ def combine(
         {source.label: source for source in models.values()},
         sources.get("base"),
         against_base=takes_base,
+        combines_base=getattr(op, "needs_base", False),
         foreign=[models[label].label for label in foreign],
         pads_rows=pads,
     )

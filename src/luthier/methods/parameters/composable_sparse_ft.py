@@ -67,7 +67,7 @@ def select(
     if not per_tensor:
         return top_k_mask(change, k, taken)
     total = sum(c.numel() for c in change.values())
-    masks = {}
+    masks: dict[str, torch.Tensor] = {}
     for name, values in change.items():
         own = None if taken is None else {name: taken[name]}
         masks |= top_k_mask({name: values}, k * values.numel() // total, own)

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -189,14 +190,14 @@ class GreenTrainer:
         """Importance of every tensor in forward order, and the costs; weights and optimiser are as before."""
         model = self._model
         before = {name: model.get_parameter(name).requires_grad for name in self._candidates}
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         heads = int(getattr(config, "num_attention_heads", 0) or 0)
         head_dim = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", 0) // heads if heads else 0)
         recorder = Recorder(model, self._sites, heads * int(head_dim))
         with torch.no_grad():
             for batch in batches:
-                recorder(batch, lambda b=batch: ctx.forward(b, grad=False))
+                recorder(batch, partial(ctx.forward, batch, grad=False))
         costs = recorder.costs()
         allowed_N = np.array([name in self._candidates for name in costs.names])
         # What the budget can never reach need not carry a gradient in the probe either.
