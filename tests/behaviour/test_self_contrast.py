@@ -130,7 +130,7 @@ def run(seed):
             batch_rows=16,
             epochs=20,
             max_steps=steps,
-            learning_rate=3e-4,
+            learning_rate=5e-5,
         )
         keep(arm, model)
     return measured, filters
