@@ -179,7 +179,9 @@ class Advisor:
         self.say(f"racing plain SFT and {len(entries)} candidates")
         outcome = Race(runner, self.folder / "race.json", budget, observe=self.watch).run(entries)
         finalists = outcome.finalists
-        seeds = seeds_for(budget - outcome.seconds, 1 + len(finalists), outcome.trial_seconds, self.seeds)
+        # The base is measured as well, which takes about as long as a trial of this size.
+        left = budget - outcome.seconds - outcome.trial_seconds
+        seeds = seeds_for(left, 1 + len(finalists), outcome.trial_seconds, self.seeds)
         self.say(f"comparing plain SFT with {', '.join(finalists) or 'the base'} over {seeds} seeds")
         started = time.perf_counter()
         final = Comparison(shortened(recipe, outcome.length), methods=finalists, seeds=seeds, output=self.folder)
