@@ -116,7 +116,7 @@ def unfolded(
 @torch.no_grad()
 def norm_offset(norm: torch.nn.Module) -> float:
     """What a norm adds to its weight before it multiplies with it: 1 where a zero weight still lets signal through."""
-    probe = copy.deepcopy(norm).float().eval()
+    probe: Any = copy.deepcopy(norm).float().eval()
     probe.weight.zero_()
     if getattr(probe, "bias", None) is not None:
         probe.bias.zero_()

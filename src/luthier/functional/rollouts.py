@@ -65,7 +65,7 @@ def moved(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on a device."""
     if device.type == "cpu":
         return batch
-    tensors = {n: v.to(device) for n, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+    tensors: dict[str, Any] = {n: v.to(device) for n, v in vars(batch).items() if isinstance(v, torch.Tensor)}
     return replace(batch, inputs={n: v.to(device) for n, v in batch.inputs.items()}, **tensors)
 
 

@@ -45,7 +45,7 @@ class Local:
         """
         if settings.stop:
             raise UserError("a model in this process ends at its own stop tokens; stop texts are for servers.")
-        ids = [self.processor.encode(p) if form(p) == "text" else [int(i) for i in p] for p in prompts]  # type: ignore[arg-type, union-attr]
+        ids = [self.processor.encode(p) if form(p) == "text" else [int(i) for i in p] for p in prompts]  # type: ignore[arg-type]
         size = max(1, PIECE // samples)
         ctx: Any = SimpleNamespace(processor=self.processor, device=next(self.model.parameters()).device)
         greedy = settings.temperature == 0

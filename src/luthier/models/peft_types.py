@@ -77,6 +77,10 @@ class SiteLayer(torch.nn.Module, BaseTunerLayer):
             setattr(self, name, torch.nn.ParameterDict())
         self.update_layer(adapter_name, config)
 
+    def get_base_layer(self) -> Any:
+        """The wrapped module."""
+        return super().get_base_layer()
+
     def update_layer(self, adapter_name: str, config: Any) -> None:
         """Make the tensors of an adapter."""
         raise NotImplementedError

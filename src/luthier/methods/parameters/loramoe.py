@@ -47,7 +47,7 @@ _ROWS = 4096
 
 def expert_layers(model: torch.nn.Module) -> dict[str, Any]:
     """Path in the base -> the wrapped map with its router."""
-    return {module.key: module for module in model.modules() if hasattr(module, "loramoe_router")}
+    return {str(module.key): module for module in model.modules() if hasattr(module, "loramoe_router")}
 
 
 def type_index(value: Any, types: list[str], row: int, column: str) -> int:

@@ -94,7 +94,8 @@ def s3ft(
     longest = max_new_tokens or targets_of.longest_answer(ctx.data.train.prepared)
     how = Writing(judges or (), threshold, longest, batch_rows, samples, temperature)
     paraphrasing = replace(how, samples=attempts, strip=strip or ())
-    weight: dict[str, float] = {"self": 1.0, "paraphrase": 1.0, "gold": 1.0, **(source_weights or {})}
+    given: dict[str, float] = {str(kind): value for kind, value in (source_weights or {}).items()}
+    weight = {"self": 1.0, "paraphrase": 1.0, "gold": 1.0, **given}
     if targets == "self_only":
         weight |= {"paraphrase": 0.0, "gold": 0.0}
     gold = targets_of.likelihoods(ctx, ctx.data.train, range(len(rows)), len(rows))

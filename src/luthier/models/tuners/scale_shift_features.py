@@ -111,7 +111,8 @@ class ScaleShiftTuner(Tuner):
     def _post_injection_hook(self, model: torch.nn.Module, config: ScaleShiftConfig, adapter_name: str) -> None:
         for path, leader in config.followers.items():
             # In a tuple the leader is no submodule, so its tensors are there once.
-            model.get_submodule(path).leader = (model.get_submodule(leader),)
+            site: Any = model.get_submodule(path)
+            site.leader = (model.get_submodule(leader),)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
         """The plain model; its configuration says which biases it now has, and those nothing was added to are zero."""
