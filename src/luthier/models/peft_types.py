@@ -69,11 +69,16 @@ class SiteLayer(torch.nn.Module, BaseTunerLayer):
     module's path in the base.
     """
 
+    # Of peft's mixin, whose types are not read.
+    active_adapters: Any
+    set_adapter: Any
+
     def __init__(self, base_layer: torch.nn.Module, adapter_name: str, config: Any, key: str) -> None:
         super().__init__()
         self.base_layer, self.key = base_layer, key
         self.merged_adapters: list[str] = []
-        for name in self.adapter_layer_names:
+        names: tuple[str, ...] = type(self).adapter_layer_names
+        for name in names:
             setattr(self, name, torch.nn.ParameterDict())
         self.update_layer(adapter_name, config)
 
