@@ -93,11 +93,12 @@ class DirectPreferenceOptimization:
         self.kind: Preference = loss
         self.beta, self.flipped, self.tail_weight = beta, flipped, tail_weight
         self.listed, self.count = rejected_from == "negatives", negatives
-        self.needs = Needs(
-            statistics=("logp",),
-            models=("reference",),
-            columns=(*ROW, NEGATIVES, "source", "row") if self.listed else SIDE,
-        )
+
+    @property
+    def needs(self) -> Needs:
+        """The starting model, and the rejected answers: token ids of the row, or its text and the list."""
+        columns = (*ROW, NEGATIVES, "source", "row") if self.listed else SIDE
+        return Needs(statistics=("logp",), models=("reference",), columns=columns)
 
     def loss(self, out: Outputs, batch: Batch, ctx: Context) -> Loss:
         """Sum over rows of weight times the mean loss of its pairs; the weight is the sum of the row weights.
