@@ -37,6 +37,7 @@ KINDS = {
     ("Recipe", "parameters"): METHODS,
     ("Recipe", "weights"): METHODS,
     ("Recipe", "decoding"): METHOD,
+    ("Recipe", "generation"): "{endpoint: {url, model}}, {vllm: {}}, {scripted: {file}}, or null",
     ("Recipe", "analysis"): METHODS,
     ("Recipe", "training"): "the [section](#training)",
     ("Recipe", "evaluation"): "the [section](#evaluation)",
