@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from helpers import make_session, random_rows, settings, tiny_llama, weights
 from luthier.core import registry
 from luthier.core.errors import UserError
 from luthier.engine.loop import Trainer
+from luthier.functional.writing import completions
 from luthier.methods.parameters._adapters import ADAPTERS
 from luthier.methods.parameters.dora import WeightDecomposed
 from luthier.methods.parameters.ia3 import ChannelFactors, default_targets
@@ -227,3 +229,34 @@ def test_saved_opened_in_a_new_process_and_merged_where_it_can_be(slug, tmp_path
         return
     merge(tmp_path / "adapter", tmp_path / "merged")
     torch.testing.assert_close(load(tmp_path / "merged").model(**IDS).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("slug", ["prompt-tuning", "prefix-tuning"])
+def test_what_is_written_is_what_the_trained_model_would_choose(slug):
+    """Prompts of different lengths together, against one token at a time by peft's own forward pass, unpadded."""
+    method = MADE[slug]()
+    session = make_session(parameters=[method])
+    shake(session.model)
+    session.model.generation_config.eos_token_id = None
+    session.processor = SimpleNamespace(eos_token_id=None, pad_token_id=0, decode=lambda ids, **_: "")
+    prompts = [[5, 9, 33], [7, 8, 9, 10, 11, 12], [40, 41, 42]]
+    written = completions(session.model, prompts, session, batch_rows=8, max_new_tokens=5)
+    for prompt, found in zip(prompts, written, strict=True):
+        ids = list(prompt)
+        for _ in range(5):
+            given = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+            ids.append(int(session.model.eval()(**given, use_cache=False).logits[0, -1].argmax()))
+        assert list(found.token_ids) == ids[len(prompt) :]
+
+
+def test_their_recipes_are_checked_without_torch():
+    """Of all recipes the plan needs no torch: their files say what they need when they are asked for it."""
+    code = (
+        "import sys\nfrom luthier.core import registry\n"
+        "for slug in ('dora', 'ia3', 'linear-probe', 'loramoe', 'prefix-tuning', 'prompt-tuning', 'qlora', "
+        "'scale-shift-features'):\n    registry.get('parameters', slug).build({})\n"
+        "registry.get('analysis', 'loramoe').build({})\n"
+        "print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

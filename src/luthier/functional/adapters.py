@@ -98,6 +98,12 @@ def heads(model: torch.nn.Module) -> list[str]:
     ]
 
 
+def virtual_tokens(model: Any) -> int:
+    """How many virtual tokens prompt or prefix tuning puts in front of every row; 0 for any other model."""
+    config = getattr(model, "active_peft_config", None)
+    return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
+
+
 def quantized(model: Any) -> bool:
     """Whether the model's weights are quantised."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

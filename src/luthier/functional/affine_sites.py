@@ -114,10 +114,9 @@ def unfolded(
     return folded(weight, bias, 1.0 / scale_C, None, dim=dim, offset=offset)
 
 
-@torch.no_grad()
 def norm_offset(norm: torch.nn.Module) -> float:
     """What a norm adds to its weight before it multiplies with it: 1 where a zero weight still lets signal through."""
-    probe: Any = copy.deepcopy(norm).float().eval()
+    probe: Any = copy.deepcopy(norm).float().eval().requires_grad_(False)
     probe.weight.zero_()
     if getattr(probe, "bias", None) is not None:
         probe.bias.zero_()

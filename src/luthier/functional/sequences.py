@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 
 import torch
 
 
-def length_groups(lengths: Sequence[int], size: int) -> list[list[int]]:
+def length_groups(lengths: Sequence[int], size: int, *, equal: bool = False) -> list[list[int]]:
     """Indices in groups of at most ``size``, sorted by length (longest first, so that memory runs out at once).
 
     Args:
         lengths: of the sequences.
         size: largest group.
+        equal: only sequences of one length in a group.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    runs = [list(run) for _, run in itertools.groupby(order, lengths.__getitem__)] if equal else [order]
+    return [run[start : start + size] for run in runs for start in range(0, len(run), size)]
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,6 +76,7 @@ def complete(
     batch_rows: int,
     max_new_tokens: int,
     context: int | None = None,
+    equal: bool = False,
 ) -> list[tuple[tuple[int, ...], bool]]:
     """Complete prompts in left-padded groups of similar length.
 
@@ -85,13 +89,14 @@ def complete(
         batch_rows: rows of a group.
         max_new_tokens: longest completion.
         context: positions the model has; a completion ends where they are used up.
+        equal: only prompts of one length in a group, so that nothing is padded.
 
     Returns:
         For each prompt, in order, its new token ids (the stop token included) and whether it stopped by itself. A
         prompt that fills the context has an empty, unfinished completion.
     """
     done: list[tuple[tuple[int, ...], bool]] = [((), False)] * len(prompts)
-    for group in length_groups([len(p) for p in prompts], batch_rows):
+    for group in length_groups([len(p) for p in prompts], batch_rows, equal=equal):
         longest = len(prompts[group[0]])
         most = max_new_tokens if context is None else min(max_new_tokens, context - longest)
         # Padding to a row near the limit must not shorten its neighbours, so such rows go one by one.

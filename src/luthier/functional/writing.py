@@ -16,6 +16,7 @@ import torch
 from luthier.core.errors import UserError
 from luthier.core.protocols import Completion, Context
 from luthier.functional import sequences
+from luthier.functional.adapters import virtual_tokens
 from luthier.functional.draws import draw
 
 
@@ -120,6 +121,9 @@ def completions(
         return whole_BT[:, ids_BT.shape[1] :]
 
     training = model.training
+    # peft puts them in front of the padding, and gives a prompt other positions than it had in training.
+    ahead = virtual_tokens(model)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     model.eval()
     try:
         with torch.no_grad():
@@ -130,7 +134,8 @@ def completions(
                 pad_id=pad_id,
                 batch_rows=batch_rows,
                 max_new_tokens=max_new_tokens,
-                context=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+                context=positions and positions - ahead,
+                equal=ahead > 0,
             )
     finally:
         model.train(training)

@@ -33,7 +33,6 @@ from luthier.methods.parameters.loramoe import expert_layers, type_index
 COLUMNS = ("run", "module", "type", "quantity", "value", "n")
 
 
-@torch.no_grad()
 def routing_mass(
     model: Any, batches: Iterable[Any], types: list[str], column: str, run: Any
 ) -> dict[str, torch.Tensor]:
@@ -56,7 +55,7 @@ def routing_mass(
             values = zip(batch.columns[column], batch.row_B, strict=True)
             type_B = torch.tensor([type_index(value, types, int(row), column) for value, row in values])
             for path, layer in layers.items():
-                mass_BN = mass(layer.routing[None], batch.inputs.get("attention_mask"))[0].double().cpu()
+                mass_BN = mass(layer.routing.detach()[None], batch.inputs.get("attention_mask"))[0].double().cpu()
                 of_type = torch.zeros(len(types), mass_BN.shape[1], dtype=torch.float64).index_add(0, type_B, mass_BN)
                 found[path] = found.get(path, 0.0) + of_type
     finally:

@@ -65,7 +65,6 @@ class PromptTuning(Adapter):
     ) -> None:
         self.tokens, self.init = tokens, init
 
-    @torch.no_grad()
     def apply(self, model: torch.nn.Module, ctx: Context) -> torch.nn.Module:
         """The model with virtual tokens, drawn from the ``init`` stream; only they (and a new head) are open.
 
@@ -80,9 +79,9 @@ class PromptTuning(Adapter):
             if not ids:
                 raise UserError(f"prompt-tuning: init: the text '{self.init}' has no token.")
         config = peft.PromptTuningConfig(task_type=TASK_TYPES[task_name(ctx)], num_virtual_tokens=self.tokens)
-        with drawing(ctx, self.slug), torch.enable_grad():
+        with drawing(ctx, self.slug):
             made = peft.get_peft_model(model, config)
-        table_VH = made.get_base_model().get_input_embeddings().weight
+        table_VH = made.get_base_model().get_input_embeddings().weight.detach()
         start = starting_prompt(table_VH, self.tokens, ctx.rng("init", self.slug), ids, noise=self.init == "noise")
-        made.prompt_encoder["default"].embedding.weight.copy_(start)
+        made.prompt_encoder["default"].embedding.weight.data.copy_(start)
         return made

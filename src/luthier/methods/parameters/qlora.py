@@ -46,6 +46,7 @@ def rounds_only(weight: torch.Tensor, back: torch.Tensor) -> bool:
     No two neighbours of the sixteen values are further apart than a third of the block's largest entry; half of that,
     and a little for rounding the scales, is what rounding can do.
     """
+    weight = weight.detach()
     flat = weight.flatten().float()
     pad = -len(flat) % BLOCK
     flat, off = (
@@ -54,7 +55,6 @@ def rounds_only(weight: torch.Tensor, back: torch.Tensor) -> bool:
     return bool((off.abs().amax(1) <= 0.2 * flat.abs().amax(1) + 1e-6).all())
 
 
-@torch.no_grad()
 def quantize(model: Any, paths: list[str], kind: str, double: bool) -> list[str]:
     """Replace linear maps by their four-bit form; returns the paths of those that had to stay.
 
@@ -92,7 +92,6 @@ def quantize(model: Any, paths: list[str], kind: str, double: bool) -> list[str]
     return stayed
 
 
-@torch.no_grad()
 def dequantized(model: Any) -> Any:
     """A plain copy of a peft model over four-bit maps: each map's rounded weight with the addition in it."""
     import bitsandbytes
@@ -105,7 +104,7 @@ def dequantized(model: Any) -> Any:
             continue
         weight = bitsandbytes.functional.dequantize_4bit(own.weight.data, own.weight.quant_state).to(own.compute_dtype)
         if own is not module:
-            weight = weight + module.get_delta_weight(module.active_adapters[0]).to(weight.dtype)
+            weight = weight + module.get_delta_weight(module.active_adapters[0]).detach().to(weight.dtype)
         plain = torch.nn.Linear(own.in_features, own.out_features, own.bias is not None, device="meta")
         plain.weight, plain.bias = torch.nn.Parameter(weight), own.bias
         parent, _, name = path.rpartition(".")
