@@ -75,7 +75,8 @@ def posterior(x: ArrayLike, y: ArrayLike, prior: Prior) -> Posterior:
     # The logit of g; an alpha of 0 or 1 settles it alone.
     with np.errstate(divide="ignore"):
         gate = float(expit(np.log(prior.alpha) - np.log1p(-prior.alpha) + log_pd - log_pc))
-    return Posterior(continuous, discrete, gate * discrete + (1 - gate) * continuous, gate, log_pd, log_pc)
+    mixed = np.asarray(gate * discrete + (1 - gate) * continuous, np.float64)
+    return Posterior(np.asarray(continuous, np.float64), discrete, mixed, gate, log_pd, log_pc)
 
 
 def estimated_gate(predicted: ArrayLike, continuous: ArrayLike, discrete: ArrayLike) -> float:

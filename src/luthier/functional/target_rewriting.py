@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,7 +78,7 @@ def longest_answer(prepared: Any) -> int:
     return max(32, int(np.ceil(1.5 * np.percentile(lengths, 95))))
 
 
-def gold_of(row: Row) -> str:
+def gold_of(row: Mapping[str, Any]) -> str:
     """The given answer.
 
     Raises:
@@ -89,12 +89,12 @@ def gold_of(row: Row) -> str:
     return text
 
 
-def question_of(row: Row) -> str:
+def question_of(row: Mapping[str, Any]) -> str:
     """The prompt, or the last message before the answer."""
     return str(row["prompt"]) if row["kind"] == "pair" else str(json.loads(row["messages"])[-2].get("content") or "")
 
 
-def asked(row: Row, prompt: str) -> Row:
+def asked(row: Mapping[str, Any], prompt: str) -> Row:
     """The row with another text in place of its question."""
     if row["kind"] == "pair":
         return {**row, "prompt": prompt}

@@ -143,7 +143,7 @@ class ForgettingDiagnosis:
                     surfaces = []
                     for language in ("english", *self.languages):
                         for t in self.transforms if language == "english" else [IDENTITY]:
-                            cell = suite(function, query, language=language, count=self.rows, seed=self.seed)  # type: ignore[arg-type]
+                            cell = suite(function, query, language=language, count=self.rows, seed=self.seed)
                             # The answers' own transforms are accepted, so that nothing has to be transformed back.
                             rows = [_pair(t.apply(a.prompt), [t.apply(a.in_context)]) for a in cell]
                             surfaces.append((t.name if language == "english" else language, IDENTITY, rows))
@@ -151,7 +151,8 @@ class ForgettingDiagnosis:
             return
         if ctx.data.test is None:
             raise UserError(f"{SLUG}: the analysis is of answers to data.test; name some.", where="analysis")
-        prepared, groups = ctx.data.test.prepared, {}
+        prepared = ctx.data.test.prepared
+        groups: dict[Any, list[Any]] = {}
         for i in range(len(prepared)):
             row = prepared.canonical(i)
             name = "test" if self.group is None else str(column(row, self.group))
@@ -184,7 +185,8 @@ class ForgettingDiagnosis:
             raise UserError(f"{SLUG}: a capability with {count} rows cannot be diagnosed; give 4 or more.")
         dev_N = numpy_stream(self.seed, "data", SLUG, "dev").permutation(count) < max(1, round(self.dev_share * count))
         scores: dict[str, dict[str, np.ndarray]] = {name: {} for name in models}
-        lines, failed = [], []
+        lines: list[tuple[Any, ...]] = []
+        failed: list[str] = []
         for name, back, rows in surfaces:
             likely, refused = {}, {}
             for model, session in models.items():

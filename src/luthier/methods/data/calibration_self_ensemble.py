@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -88,7 +89,8 @@ class SupervisedInContext:
                     chosen = drawn(pool, self.m, own, ctx.seed, draw)
                 except ValueError as error:
                     raise UserError(f"{SLUG}: {error}; give more rows, or a smaller m.") from None
-                text, lost = fitted(self.template, chosen, question_of(row), lambda t, row=row: self._fits(t, row, ctx))
+                fits = partial(self._fits, row=row, ctx=ctx)
+                text, lost = fitted(self.template, chosen, question_of(row), fits)
                 dropped += lost
                 made.append(self._row(row, text, draw))
         ctx.report({"rows": len(made), "examples": self.m, "dropped_examples": dropped})
