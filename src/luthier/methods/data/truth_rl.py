@@ -108,14 +108,15 @@ class KnowledgeProbe:
             raise UserError(f"{SLUG}: targets: {self.targets} leaves no row; the base has no answers to make it of.")
         return _dataset(found, made)
 
-    def _taught(self, row: dict[str, Any], texts: Mapping[str, str]) -> dict[str, Any] | None:
+    def _taught(self, row: dict[str, Any], texts: Mapping[Label, str]) -> dict[str, Any] | None:
         """The row with another answer, or a pair of two of the model's own; None where it cannot be made."""
         if self.targets == "r-tuning":
             unknown = json.loads(row["extra"])[FLAG]
             return with_answer(row, as_answer(self.abstention, given_answer(row))) if unknown else row
         if self.targets == "rft":
             return with_answer(row, texts["correct"]) if "correct" in texts else None
-        order = [texts[k] for k in ("correct", "abstain", "wrong") if k in texts]
+        ranked: tuple[Label, ...] = ("correct", "abstain", "wrong")
+        order = [texts[k] for k in ranked if k in texts]
         if len(order) < 2 or row["kind"] != "pair":
             return None
         return {**row, "kind": "preference", "completion": order[0], "rejected": order[1]}
