@@ -58,7 +58,7 @@ def loss_of(logits, ids):
     return torch.nn.functional.cross_entropy(logits[:, 6:-1].reshape(-1, 32), ids[:, 7:].reshape(-1))
 
 
-def train(model, tasks, steps, rate, seed, *, noise=0.0, batch=64, decay=True, at=(), watch=None, weight_decay=0.01):
+def train(model, tasks, steps, rate, seed, *, noise=0.0, batch=32, decay=True, at=(), watch=None, weight_decay=0.01):
     """AdamW in place, linear decay to zero; gives copies of the weights after the steps in ``at``."""
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=weight_decay)

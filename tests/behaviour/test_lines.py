@@ -1,6 +1,6 @@
 """LiNeS on a language model that forgets: does a smaller change in shallow layers bring the other tasks back?
 
-The design: a base of 700 steps of 64 rows on four digit tasks (learning rate 2e-3, decaying to zero) is tuned on one of them
+The design: a base of 700 steps of 32 rows on four digit tasks (learning rate 2e-3, decaying to zero) is tuned on one of them
 alone, sort, for 300 steps at 1e-3; the control is the mean of the other three. For alpha in 1, 0.9, ..., 0 the scaled model is
 measured on 512 validation rows per task, alpha is chosen by 2 * target / target tuned + control / control of the base, and
 measured on 512 other rows. Beside it constant scaling of the whole change, chosen by the same rule on the same rows. The

@@ -1,6 +1,6 @@
 """Model soups of noisy fine-tunings: is the mean of several runs better than the runs?
 
-The design: a base of 700 steps of 64 rows on four digit tasks (learning rate 2e-3, decaying to zero) is tuned six times, for
+The design: a base of 700 steps of 32 rows on four digit tasks (learning rate 2e-3, decaying to zero) is tuned six times, for
 150 steps, on a fifth task, every digit plus three, of which 30% of the answers are another string's: learning rates 1e-3, 2e-3
 and 3e-3, two seeds of order and noise each. Uniform, greedy (accuracy, strictly better) and learned soups choose on 256
 validation rows; the logit ensemble, which costs six passes, is the reference. Measured on 1,024 test rows, and on 1,024 rows
@@ -46,7 +46,7 @@ def one(seed, steps=700, tuning=150):
         out = functional_call(model, parameters, (), {"input_ids": ids, "use_cache": False}).logits
         return loss_of(beta * out, ids) * len(ids), float(len(ids))
 
-    learned = learn_mixture(list(runs.values()), lambda: held_out.split(64), tempered, epochs=5)
+    learned = learn_mixture(list(runs.values()), lambda: held_out.split(32), tempered, epochs=5)
     soups = {
         "best single by validation": runs[ranked(scores)[0]],
         "uniform soup": dict(Average(list(runs.values()))),
