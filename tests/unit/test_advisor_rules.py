@@ -57,6 +57,14 @@ def test_uncertain_noise_is_no_noise():
     assert "strong base" in {p.rule.name for p in advice(**STRONG | {"label_noise": unsure}).candidates}
 
 
+def test_rows_that_contradict_each_other_are_doubtful_unless_several_answers_are_right():
+    torn = STRONG | {"contradictions": 0.2, "mean_probability": 0.6}
+    assert {p.rule.name for p in advice(**torn | {"label_noise": 0.03}).candidates} & {"strong base, doubtful labels"}
+    assert not {p.rule.name for p in advice(**torn | {"label_noise": 0.0}).candidates} & {
+        "strong base, doubtful labels"
+    }
+
+
 def test_copies_are_left_out():
     assert entries(rows=500, exact_duplicates=0.3)[0] == "deduplicate"
     assert entries(rows=500, near_duplicates=0.2)[:2] == ["deduplicate(mode=near)", "uds"]

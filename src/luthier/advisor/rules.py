@@ -52,7 +52,10 @@ def _weak(f: Findings) -> bool:
 
 def _noisy(f: Findings) -> bool:
     # Contradiction by a base that agrees with most rows; that of a weak one only shows its own errors.
-    return (f.above("agreement", 0.5) and f.above("label_noise", 0.05, surely=True)) or f.above("contradictions", 0.02)
+    if f.above("agreement", 0.5) and f.above("label_noise", 0.05, surely=True):
+        return True
+    # Rows that contradict each other, unless the base contradicts none: then several answers are right.
+    return f.above("contradictions", 0.02) and not f.below("label_noise", 0.01)
 
 
 CONTINUUM = "Beyond Log Likelihood, 2025, arXiv 2510.00526"
