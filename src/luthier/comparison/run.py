@@ -290,7 +290,7 @@ def compare(recipe: Any = None, /, *, quiet: bool = False, **options: Any) -> di
 
     comparison = Comparison(recipe, **options)
     with Watch(comparison, quiet=quiet) as watch:
-        made = comparison.run(watch.observe, update=watch.update)
+        made = comparison.run(watch.observe, update=watch.update if watch.live else None)
     return {**made, "folder": str(comparison.root)}
 
 

@@ -105,9 +105,10 @@ class Watch:
         self._live = Live(console=self.console, get_renderable=self._view, refresh_per_second=1, transient=True)
         # Without a terminal the table would be printed over and over: one line per finished trial is enough.
         self._lines = not self.console.is_terminal
+        self.live = not self._lines and not self.console.quiet
 
     def __enter__(self) -> Watch:
-        if not self._lines and not self.console.quiet:
+        if self.live:
             self._live.start()
         return self
 
