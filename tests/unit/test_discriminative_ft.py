@@ -160,7 +160,8 @@ def test_loss_and_normaliser_of_a_session_against_float64(variant):
             metrics["objective"] += tau * np.log(exp_u[i]) - s[0]
             metrics["kl"] += sum(q - x for q, (x, _) in zip(base, pairs[1:], strict=True))
             metrics["tokens"] += sum(n for _, n in pairs[1:])
-        assert float(found.sum.detach()) == pytest.approx(total, rel=1e-5)
+        # The terms cancel: float32 leaves a few parts in ten million of each.
+        assert float(found.sum.detach()) == pytest.approx(total, rel=1e-5, abs=3e-7 * abs(metrics["score"]))
         assert (float(found.weight), found.unit) == (2.0, "sequence")
         for name in ("score", "negative_score", "objective"):
             assert float(found.metrics[name][0]) == pytest.approx(metrics[name], rel=1e-5), name

@@ -73,9 +73,10 @@ class Base:
         found = decoder.generate(self.model, [p for p in prompts for _ in range(samples)], self.session)
         return [found[i : i + samples] for i in range(0, len(found), samples)]
 
-    def speak(self, input_ids, attention_mask, generation_config):
-        assert generation_config.do_sample
-        self.settings = generation_config
+    def speak(self, input_ids, attention_mask, generation_config, logits_processor):
+        (chooser,) = logits_processor
+        self.settings, self.most = chooser.sampling, generation_config.max_new_tokens
+        chooser.logp.append(torch.zeros(len(input_ids), 1))
         written = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
             prompt = self.processor.decode(ids[mask.bool()])
@@ -100,7 +101,7 @@ def test_answers_are_stripped_kept_in_order_and_equal_ones_left_out():
     assert json.loads(found[0]["extra"])["answer"] == "1"
     assert found.data.table.cast(SCHEMA).num_rows == 2
     settings = ctx.settings
-    assert (settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens) == (
+    assert (settings.temperature, settings.top_k, settings.top_p, ctx.most) == (
         0.7,
         50,
         1.0,

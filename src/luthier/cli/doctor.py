@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from luthier.cli import common
-from luthier.runs.manifest import processor_name
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
@@ -113,6 +112,8 @@ def _required() -> dict[str, SpecifierSet]:
 
 def _hardware() -> dict[str, Any]:
     import psutil
+
+    from luthier.runs.manifest import processor_name
 
     memory = psutil.virtual_memory()
     limit = _limit("/sys/fs/cgroup/memory.max")

@@ -53,7 +53,6 @@ def tempered(
     return torch.softmax(scaled_CV, -1, out=scaled_CV)
 
 
-@torch.no_grad()
 def draw(
     logits_CV: torch.Tensor,
     uniform_CK: torch.Tensor,
@@ -73,6 +72,7 @@ def draw(
         top_k: see :func:`support_floor`.
         top_p: see :func:`support_floor`.
     """
+    logits_CV = logits_CV.detach()
     rows, width = logits_CV.shape
     segments = -(-width // _SEGMENT)
     limit = _BLOCK_BYTES.get(logits_CV.device.type, _BLOCK_BYTES_ELSEWHERE)

@@ -334,7 +334,7 @@ def _write(v: dict[str, Any]) -> str:
     out.add()
     out.add(f"objective: {v['objective']}", meaning["objective"])
     out.add(f"parameters: [{v['parameters']}]", meaning["parameters"])
-    for key in ("procedure", "transforms", "selection", "weights", "decoding", "analysis"):
+    for key in ("procedure", "transforms", "selection", "weights", "decoding", "generation", "analysis"):
         default = Recipe.model_fields[key].get_default(call_default_factory=True)
         out.add(f"# {key}: {json.dumps(default) if not isinstance(default, str) else default}", meaning[key])
     out.add()

@@ -104,6 +104,11 @@ def base(spec: str | Mapping[str, Any]) -> Any:
     return made
 
 
+def whole(gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """The gradients as dense tensors: a tied embedding that the loss reaches alone gives its own by rows."""
+    return [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
+
+
 @objective(
     "learning-from-undesirable",
     identity={"consistency_weight": 0.0},
@@ -344,7 +349,7 @@ class LearningFromUndesirable:
         moving = [a.up for a in seen.additions.values() if a.up.requires_grad]
         through = [*(trained if self.fused else ()), *moving]
         keep = not self.fused or self.stop_gradient != "original"
-        first = list(torch.autograd.grad(loss.sum, through, retain_graph=keep, allow_unused=True)) if through else []
+        first = whole(torch.autograd.grad(loss.sum, through, retain_graph=keep, allow_unused=True)) if through else []
         ascent = [first.pop() for _ in moving][::-1]
         if moving and all(g is None for g in ascent):
             raise LuthierError(f"{SLUG}: the loss does not come from the forward pass it has watched.")
@@ -366,7 +371,7 @@ class LearningFromUndesirable:
         else:
             second: list[Any] = [None] * len(trained)
             if self.consistency_weight:
-                second = list(torch.autograd.grad(factor * apart, trained, allow_unused=True))
+                second = whole(torch.autograd.grad(factor * apart, trained, allow_unused=True))
                 metrics["gradient_ratio"] = (_norm(second) / _norm(first).clamp(min=1e-30), 1.0)
             value = with_gradients(total, *_joined(trained, first, second))
         metrics["twin_seconds"] = (time.perf_counter() - started, 1.0)
