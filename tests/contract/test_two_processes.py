@@ -51,7 +51,7 @@ def main(folder):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    two_processes.launch(__file__, str(folder), timeout=400)
+    two_processes.launch(__file__, str(folder), timeout=1500)
     return folder
 
 

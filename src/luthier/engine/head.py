@@ -270,9 +270,9 @@ class _ChunkOutputs(Statistics):
         if d_hidden is not None:
             walk.add_hidden(self._part, d_hidden)
         if d_logits is not None:
-            direct = walk.capped_(d_logits.to(walk.kind, copy=True))
-            if d_logp is not None:
-                direct.add_(buffer.mul_(-d_logp[:, None]))
+            direct = walk.capped_(d_logits.to(walk.kind, copy=walk.slope is not None))
+            if d_logp is not None:  # into the buffer: one pass over it, and nothing of its size is made
+                direct = torch.addcmul(direct, buffer, -d_logp[:, None], out=buffer)
             walk.add(self._part, direct, None)
         elif d_logp is not None:
             walk.add(self._part, buffer, -d_logp)
