@@ -153,9 +153,10 @@ class Session:
         return made
 
     @contextmanager
-    def _acting(self, model: str) -> Iterator[torch.nn.Module]:
+    def _acting(self, model: str, grad: bool = False) -> Iterator[torch.nn.Module]:
         if model == "policy":
-            yield self.module
+            # Without a gradient a process runs by itself: another one may have no row of this step.
+            yield self.module if grad or self.processes.sharded else TaskModule(self.model, self.task)
         elif model in self._models:
             yield TaskModule(self._models[model], self.task)
         elif model == "reference" and hasattr(self.model, "disable_adapter"):
@@ -217,7 +218,8 @@ class Session:
         statistics: tuple[str, ...] = ("logp",),
     ) -> Outputs:
         hidden = self.stack.needs.hidden
-        with self._acting(model) as module, torch.set_grad_enabled(grad and torch.is_grad_enabled()), self.autocast():
+        graph = grad and torch.is_grad_enabled()
+        with self._acting(model, graph) as module, torch.set_grad_enabled(graph), self.autocast():
 
             def consume(encoded: Encoded) -> Outputs:
                 return self.outputs(encoded, batch, statistics)

@@ -99,7 +99,7 @@ class KnowledgeProbe:
             return found
         made = []
         for row, some, kinds in zip((found[i] for i in range(len(found))), drawn, labels, strict=True):
-            texts: dict[str, str] = {
+            texts = {
                 kind: as_answer(c.text, given_answer(row)) for c, kind in zip(some[::-1], kinds[::-1], strict=True)
             }
             if (new := self._taught(row, texts)) is not None:
